@@ -1,0 +1,2 @@
+//! Shared ABI and decisions.
+#![no_std]

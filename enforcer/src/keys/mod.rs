@@ -1,0 +1,1 @@
+//! Issuer key sets: where they come from, how long they are trusted.

@@ -1,0 +1,9 @@
+//! Zero-trust authorization for MCP servers, enforced in the kernel.
+//!
+//! The library holds everything that the `enforcer` binary does, so that tests can drive it.
+
+pub mod authz;
+pub mod http;
+pub mod keys;
+pub mod policy;
+pub mod token;

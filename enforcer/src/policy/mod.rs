@@ -1,0 +1,3 @@
+//! The policy: what is protected, by whose tokens, for which resource.
+mod types;
+pub use types::*;

@@ -1,0 +1,1 @@
+//! Access token verification: a pure function of token, policy, keys and time.
