@@ -1,3 +1,32 @@
-//! Kernel programs.
-#![no_std]
-#![no_main]
+//! The kernel programs.
+//!
+//! | program | hook | job |
+//! |---|---|---|
+//! | [`programs::sock_ops`] | `sock_ops` | guard each connection that a protected endpoint accepts, from its first byte |
+//! | [`programs::judge`] | `sk_skb/stream_verdict` on the guarded sockets | pass, answer, or hand over each request |
+//! | [`programs::inject`] | `sk_skb/stream_verdict` on the daemon's sockets | carry bytes from the daemon into a guarded socket |
+//!
+//! Every decision that needs no kernel is in `enforcer-common`. Nothing in here passes bytes because of an error: the one
+//! place that does so in enforce mode is `Outcome::Pass`, and only a known head whose grant lives leads to it.
+#![cfg_attr(target_arch = "bpf", no_std)]
+#![cfg_attr(target_arch = "bpf", no_main)]
+
+mod kernel;
+mod maps;
+mod programs;
+
+/// The kernel wants to know that helpers reserved for GPL programs may be used.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // The programs hold no panicking code; an endless loop would not pass the verifier if they did.
+    loop {}
+}
+
+/// The crate is compiled for the host by clippy and rustdoc only.
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

@@ -1,0 +1,119 @@
+//! Every outcome in the kernel has a counter.
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident = $value:literal, $text:literal;)+) => {
+        /// An outcome in the kernel: index in `COUNTERS`, a per-CPU array. Writers: the programs. Reader: the CLI.
+        #[repr(u32)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Counter { $($(#[$doc])* $name = $value,)+ }
+
+        impl Counter {
+            /// All counters, in order.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+
+            /// Stable name, for people and for metrics.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => $text,)+ }
+            }
+
+            /// The counter of a number.
+            #[must_use]
+            pub fn from_index(index: u32) -> Option<Self> {
+                Self::ALL.iter().copied().find(|counter| *counter as u32 == index)
+            }
+        }
+    };
+}
+
+counters! {
+    /// A connection to a protected endpoint was tagged.
+    FlowTagged = 0, "flow-tagged";
+    /// A tagged connection closed.
+    FlowClosed = 1, "flow-closed";
+    /// `FLOWS` was full: the connection gets nothing.
+    FlowTableFull = 2, "flow-table-full";
+    /// The socket could not be guarded and was cut off.
+    SocketFenced = 3, "socket-fenced";
+    /// Bytes on a guarded socket without a flow record were dropped.
+    NoFlow = 4, "no-flow";
+    /// A known head passed.
+    Allowed = 5, "allowed";
+    /// A known head of a public path passed.
+    AllowedPublic = 6, "allowed-public";
+    /// Body bytes passed (one count per skb).
+    BodyPassed = 7, "body-passed";
+    /// A known head was answered by the kernel.
+    Refused = 8, "refused";
+    /// The kernel answered 503 because the daemon shows no sign of life.
+    RefusedUnavailable = 9, "refused-unavailable";
+    /// Bytes of a refused request's body were dropped (one count per skb).
+    BodyDiscarded = 10, "body-discarded";
+    /// An unknown head went to the daemon.
+    PuntUnknown = 11, "punt-unknown";
+    /// A head that is not whole in its skb, or over the kernel's limit, went to the daemon.
+    PuntIncomplete = 12, "punt-incomplete";
+    /// A head with an unusual line end or `Content-Length` went to the daemon.
+    PuntIrregular = 13, "punt-irregular";
+    /// A verdict was found, but its generation or deadline is past.
+    PuntStaleVerdict = 14, "punt-stale-verdict";
+    /// A verdict was found, but its grant is gone, expired or revoked.
+    PuntStaleGrant = 15, "punt-stale-grant";
+    /// A known refusal that does not fit into its request went to the daemon.
+    PuntReplyTooLong = 16, "punt-reply-too-long";
+    /// Further bytes of a request that the daemon owns (one count per skb).
+    PuntContinued = 17, "punt-continued";
+    /// The ring buffer was full: the flow is dead.
+    DeadRingFull = 18, "dead-ring-full";
+    /// An skb was longer than can be handed to the daemon: the flow is dead.
+    DeadTooLong = 19, "dead-too-long";
+    /// Bytes after the end of a request whose answer is not there yet (pipelining): the flow is dead.
+    DeadPipelined = 20, "dead-pipelined";
+    /// A chunked body broke its framing: the flow is dead.
+    DeadChunked = 21, "dead-chunked";
+    /// A helper failed: the flow is dead.
+    DeadHelper = 22, "dead-helper";
+    /// The daemon shows no sign of life and the 503 does not fit: the flow is dead.
+    DeadUnavailable = 23, "dead-unavailable";
+    /// A refusal would have overtaken the server's answer: the flow is dead.
+    DeadUnanswered = 24, "dead-unanswered";
+    /// Bytes on a dead flow were dropped (one count per skb).
+    DeadDropped = 25, "dead-dropped";
+    /// No scratch memory was free on this CPU: the flow is dead.
+    DeadScratch = 26, "dead-scratch";
+    /// Bytes from the daemon went to a server.
+    Injected = 27, "injected";
+    /// An answer from the daemon went to a client.
+    Answered = 28, "answered";
+    /// A flow went back from the daemon to the kernel.
+    HandedBack = 29, "handed-back";
+    /// A hand-back found that more bytes had been punted meanwhile; the daemon tries again.
+    HandBackLate = 30, "hand-back-late";
+    /// A datagram of the daemon was malformed or its flow is gone.
+    InjectFailed = 31, "inject-failed";
+    /// Observe mode: a request passed that enforce would have refused in the kernel.
+    WouldRefuse = 32, "would-refuse";
+    /// Observe mode: bytes passed on a flow that could not be followed (one count per skb).
+    OpaquePassed = 33, "opaque-passed";
+    /// A flow's event for the daemon was lost because the ring buffer was full.
+    EventLost = 34, "event-lost";
+}
+
+/// Size of `COUNTERS`.
+pub const MAX_COUNTERS: u32 = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_numbered_without_gaps_and_named_uniquely() {
+        let mut names = std::collections::BTreeSet::new();
+        for (index, counter) in Counter::ALL.iter().enumerate() {
+            assert_eq!(*counter as usize, index);
+            assert_eq!(Counter::from_index(index as u32), Some(*counter));
+            assert!(names.insert(counter.name()));
+        }
+        assert!(Counter::ALL.len() <= MAX_COUNTERS as usize);
+    }
+}

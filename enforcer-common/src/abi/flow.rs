@@ -1,0 +1,70 @@
+//! Flow records.
+
+use super::{EndpointKey, assert_layout};
+
+/// The flow was tagged in observe mode: nothing on it is refused.
+pub const FLOW_OBSERVE: u32 = 1;
+/// The flow was punted at least once: the daemon may hold state for it.
+pub const FLOW_PUNTED_ONCE: u32 = 2;
+
+/// A guarded connection: `FLOWS`, a hash by socket cookie. 65,536 entries; a connection without a record gets nothing.
+///
+/// Writers: sock_ops makes and deletes it; judge changes it under its socket's lock; inject changes `ctl` and the
+/// fields named there while the flow is punted. Readers: the CLI.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow {
+    /// State, punt epoch and punted bytes in one word, so that owner changes are one compare-and-swap:
+    /// see [`crate::flow::Ctl`].
+    pub ctl: u64,
+    /// Bytes left of the body in states `BODY` and `DISCARD`.
+    pub remaining_bytes: u64,
+    /// Chunk decoder in state `CHUNKED`: see [`crate::chunked::Chunked::to_bits`].
+    pub chunked: u64,
+    /// Network namespace cookie of the server's socket.
+    pub netns_cookie: u64,
+    /// `CLOCK_BOOTTIME` of the tag, in nanoseconds.
+    pub opened_ns: u64,
+    /// `CLOCK_BOOTTIME` of the last request head, in nanoseconds.
+    pub last_request_ns: u64,
+    /// Cgroup of the caller where it is known, else 0.
+    pub caller_cgroup_id: u64,
+    /// Heads seen.
+    pub requests: u64,
+    /// Heads allowed on the fast path.
+    pub allowed: u64,
+    /// Requests that the kernel refused itself.
+    pub refused: u64,
+    /// Requests handed to the daemon.
+    pub punts: u64,
+    /// Bytes handed to the daemon.
+    pub punted_bytes: u64,
+    /// The server's end.
+    pub local: EndpointKey,
+    /// The client's end.
+    pub peer: EndpointKey,
+    /// The protected endpoint.
+    pub endpoint_id: u32,
+    /// Index in `REPLIES` of the endpoint's answer while no daemon lives.
+    pub unavailable_reply_id: u32,
+    /// `FLOW_*` bits.
+    pub flags: u32,
+    /// The server's send sequence when the last head came, to tell whether that request was answered.
+    pub write_seq_mark: u32,
+    /// Slot of the last grant that a request on this flow used, plus one; 0: none.
+    pub last_grant: u32,
+    /// Uid of the caller where it is known, else `u32::MAX`.
+    pub caller_uid: u32,
+}
+assert_layout!(Flow, 160, [
+    ctl: u64, remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, last_request_ns: u64,
+    caller_cgroup_id: u64, requests: u64, allowed: u64, refused: u64, punts: u64, punted_bytes: u64,
+    local: EndpointKey, peer: EndpointKey, endpoint_id: u32, unavailable_reply_id: u32, flags: u32,
+    write_seq_mark: u32, last_grant: u32, caller_uid: u32,
+]);
+
+/// Size of `FLOWS`.
+pub const MAX_FLOWS: u32 = 65_536;
+/// Size of `SOCKETS`. Larger than [`MAX_FLOWS`] by far, because a socket that is not in it talks unguarded, while a
+/// socket without a flow record gets nothing; elements are allocated one by one, only the buckets beforehand.
+pub const MAX_SOCKETS: u32 = 1 << 20;

@@ -1,0 +1,80 @@
+//! Labels: the names behind the numbers. They lie beside the other maps, so that the CLI can read them while no daemon
+//! runs; no program ever reads them.
+
+use super::assert_layout;
+
+/// Bytes of a text, zero-padded, cut at a character boundary.
+pub type Text<const N: usize> = [u8; N];
+
+/// Names of a grant: `GRANT_LABELS`, an array by the grant's slot. Writer: the daemon. Reader: the CLI.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GrantLabel {
+    /// Serial of the grant that the label belongs to.
+    pub serial: u64,
+    /// Name of the issuer in the policy.
+    pub issuer: Text<40>,
+    /// `sub`.
+    pub subject: Text<128>,
+    /// `client_id` or `azp`; empty where the token has neither.
+    pub client_id: Text<80>,
+}
+assert_layout!(GrantLabel, 256, [serial: u64, issuer: Text<40>, subject: Text<128>, client_id: Text<80>]);
+
+/// Names of a server: `SERVER_LABELS`, an array by server number. Writer: the daemon. Reader: the CLI.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServerLabel {
+    /// Name in the policy; empty: no such server.
+    pub name: Text<64>,
+    /// Resource URI.
+    pub resource: Text<192>,
+    /// Path of the MCP endpoint.
+    pub path: Text<64>,
+    /// Listen addresses, comma separated.
+    pub listen: Text<192>,
+}
+assert_layout!(ServerLabel, 512, [name: Text<64>, resource: Text<192>, path: Text<64>, listen: Text<192>]);
+
+/// Key of `REASONS`, a hash from a reason's name to its count. Writer: the daemon. Reader: the CLI.
+pub type ReasonName = Text<48>;
+
+/// Size of `SERVER_LABELS`.
+pub const MAX_SERVERS: u32 = 1024;
+/// Size of `REASONS`.
+pub const MAX_REASONS: u32 = 512;
+
+/// Puts a text into a label, cut at a character boundary.
+#[must_use]
+pub fn text<const N: usize>(value: &str) -> Text<N> {
+    let mut out = [0; N];
+    let mut end = value.len().min(N);
+    while !value.is_char_boundary(end) {
+        end -= 1;
+    }
+    out[..end].copy_from_slice(&value.as_bytes()[..end]);
+    out
+}
+
+/// Reads a text out of a label; bytes that are not UTF-8 end it.
+#[must_use]
+pub fn text_str(bytes: &[u8]) -> &str {
+    let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+    match core::str::from_utf8(&bytes[..end]) {
+        Ok(text) => text,
+        Err(error) => core::str::from_utf8(&bytes[..error.valid_up_to()]).unwrap_or(""),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_cut_at_a_character_boundary() {
+        assert_eq!(text_str(&text::<4>("abc")), "abc");
+        assert_eq!(text_str(&text::<4>("abcdef")), "abcd");
+        assert_eq!(text_str(&text::<4>("abcé")), "abc");
+        assert_eq!(text_str(&[0xff, b'a']), "");
+    }
+}

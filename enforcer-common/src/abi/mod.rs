@@ -1,0 +1,73 @@
+//! The types that live in BPF maps, in the ring buffer and in injected datagrams.
+//!
+//! All are `#[repr(C)]`, made of integers only, without implicit padding; size and offsets are asserted beside
+//! each type. [`ABI_VERSION`] is stored in the configuration map; whoever writes the maps checks it first.
+
+mod config;
+mod counter;
+mod endpoint;
+mod flow;
+mod grant;
+mod label;
+mod punt;
+mod reply;
+
+pub use config::*;
+pub use counter::*;
+pub use endpoint::*;
+pub use flow::*;
+pub use grant::*;
+pub use label::*;
+pub use punt::*;
+pub use reply::*;
+
+/// Version of everything in this module. It moves when a layout or the meaning of a field does.
+pub const ABI_VERSION: u32 = 1;
+
+/// Names of the maps, as the loader, the pins and the CLI know them.
+pub mod map {
+    /// Configuration, one entry.
+    pub const CONFIG: &str = "CONFIG";
+    /// Digest keys, one entry.
+    pub const DIGEST_KEY: &str = "DIGEST_KEY";
+    /// Protected endpoints.
+    pub const ENDPOINTS: &str = "ENDPOINTS";
+    /// Guarded sockets by cookie.
+    pub const SOCKETS: &str = "SOCKETS";
+    /// Flow records by socket cookie.
+    pub const FLOWS: &str = "FLOWS";
+    /// Verdicts by head digest.
+    pub const VERDICTS: &str = "VERDICTS";
+    /// Grants by slot.
+    pub const GRANTS: &str = "GRANTS";
+    /// Response templates for refusals that the kernel makes itself.
+    pub const REPLIES: &str = "REPLIES";
+    /// Outcomes in the kernel, per CPU.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// Refusal reasons that the daemon found; no program reads it.
+    pub const REASONS: &str = "REASONS";
+    /// Bytes on their way to the daemon.
+    pub const PUNTS: &str = "PUNTS";
+    /// The daemon's sockets, from which bytes are injected.
+    pub const INJECTORS: &str = "INJECTORS";
+    /// Scratch memory of the judge.
+    pub const SCRATCH: &str = "SCRATCH";
+    /// Labels of grants; no program reads it.
+    pub const GRANT_LABELS: &str = "GRANT_LABELS";
+    /// Labels of servers; no program reads it.
+    pub const SERVER_LABELS: &str = "SERVER_LABELS";
+}
+
+/// Asserts a type's size at compile time, and that no padding hides in it.
+macro_rules! assert_layout {
+    ($type:ty, $size:expr, [$($field:ident : $field_type:ty),+ $(,)?]) => {
+        const _: () = assert!(core::mem::size_of::<$type>() == $size);
+        // Fields fill the type: there is no padding whose bytes could differ or leak.
+        const _: () = assert!(0 $(+ core::mem::size_of::<$field_type>())+ == $size);
+        const _: () = { $(let _ = core::mem::offset_of!($type, $field);)+ };
+        #[cfg(feature = "user")]
+        // SAFETY: `repr(C)`, integers and arrays of integers only, no padding (asserted above).
+        unsafe impl aya::Pod for $type {}
+    };
+}
+pub(crate) use assert_layout;

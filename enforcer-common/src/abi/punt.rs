@@ -1,0 +1,87 @@
+//! The ring buffer to the daemon and the datagrams back.
+
+use super::assert_layout;
+
+/// Bytes of a flow that the daemon owns.
+pub const PUNT_DATA: u32 = 1;
+/// The socket of a flow that was punted before has closed.
+pub const PUNT_CLOSED: u32 = 2;
+/// The kernel declared the flow dead: the daemon is asked to destroy its socket.
+pub const PUNT_DEAD: u32 = 3;
+/// A socket could not be guarded (MPTCP, say) and was fenced: the daemon is asked to destroy it.
+pub const PUNT_FENCED: u32 = 4;
+
+/// The previous request on this flow was not answered yet, so an answer of ours could overtake the server's.
+pub const PUNT_UNANSWERED: u32 = 1;
+/// Observe mode: the bytes have passed to the server already.
+pub const PUNT_OBSERVED: u32 = 2;
+
+/// Header of a record in `PUNTS`. At most [`PUNT_CHUNK_BYTES`] bytes follow it, of which `len_bytes` count.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PuntHeader {
+    /// Socket cookie of the flow.
+    pub cookie: u64,
+    /// Where the bytes stand in this epoch: bytes punted before them.
+    pub offset_bytes: u64,
+    /// Network namespace cookie of the server's socket.
+    pub netns_cookie: u64,
+    /// `PUNT_DATA`, ...
+    pub kind: u32,
+    /// Punt epoch of the flow: one per hand-over to the daemon.
+    pub epoch: u32,
+    /// Bytes that follow.
+    pub len_bytes: u32,
+    /// `PUNT_*` flag bits.
+    pub flags: u32,
+    /// The protected endpoint.
+    pub endpoint_id: u32,
+    /// Why the kernel punted or gave up: a [`super::Counter`].
+    pub reason: u32,
+}
+assert_layout!(PuntHeader, 48, [
+    cookie: u64, offset_bytes: u64, netns_cookie: u64, kind: u32, epoch: u32, len_bytes: u32, flags: u32,
+    endpoint_id: u32, reason: u32,
+]);
+
+/// Payload of a large record, a power of two (for the verifier); longer skbs make several records.
+pub const PUNT_CHUNK_BYTES: usize = 16_384;
+/// Payload of a small record: a request head with a small body.
+pub const PUNT_SMALL_BYTES: usize = 2_048;
+/// The most records that one skb may make. An skb is at most 512 KiB (BIG TCP); a longer one kills its flow.
+pub const PUNT_MAX_CHUNKS: u32 = 32;
+/// Size of `PUNTS`, in bytes.
+pub const PUNTS_BYTES: u32 = 16 << 20;
+
+/// Bytes for the server, as if the client had sent them.
+pub const INJECT_TO_SERVER: u32 = 1;
+/// Bytes for the client, as if the server had sent them.
+pub const INJECT_TO_CLIENT: u32 = 2;
+/// No bytes: the flow goes back to the kernel if the daemon was given nothing more meanwhile.
+pub const INJECT_HAND_BACK: u32 = 3;
+
+/// Header of a datagram that the daemon sends to the inject program.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InjectHeader {
+    /// Socket cookie of the flow.
+    pub cookie: u64,
+    /// `INJECT_HAND_BACK`: the word that `Flow::ctl` must be for the hand-back to take place.
+    pub expected_ctl: u64,
+    /// `INJECT_HAND_BACK`: the word that it becomes.
+    pub new_ctl: u64,
+    /// `INJECT_HAND_BACK`: `Flow::remaining_bytes`.
+    pub remaining_bytes: u64,
+    /// `INJECT_HAND_BACK`: `Flow::chunked`.
+    pub chunked: u64,
+    /// `INJECT_*`.
+    pub kind: u32,
+    /// Slot of the grant that the request used, plus one; 0: none.
+    pub last_grant: u32,
+}
+assert_layout!(InjectHeader, 48, [
+    cookie: u64, expected_ctl: u64, new_ctl: u64, remaining_bytes: u64, chunked: u64, kind: u32, last_grant: u32,
+]);
+
+/// Entries of `INJECTORS`.
+pub const MAX_INJECTORS: u32 = 8;

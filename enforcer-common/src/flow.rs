@@ -1,0 +1,200 @@
+//! Who owns a connection's bytes: the kernel, or the daemon.
+//!
+//! One word holds the state, the punt epoch and how many bytes were punted in it. While the kernel owns the flow only its
+//! judge changes the word, under the socket's lock. While the daemon owns it ([`State::Punted`]) the judge adds to the
+//! punted bytes and the inject program hands the flow back, both by compare-and-swap: the hand-back succeeds only if the
+//! daemon has been given, and has injected, every byte that was punted. Nothing else makes the kernel pass bytes again, so
+//! a byte can neither be lost nor overtake another.
+
+/// What happens to the next bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// A request head is expected.
+    Head = 1,
+    /// Body of an allowed request: bytes pass.
+    Body = 2,
+    /// Chunked body of an allowed request: bytes pass while the framing holds.
+    Chunked = 3,
+    /// The daemon owns the flow: bytes go to it.
+    Punted = 4,
+    /// Body of a refused request: bytes are dropped.
+    Discard = 5,
+    /// All bytes are dropped until the connection ends.
+    Dead = 6,
+    /// Observe mode only: all bytes pass, the flow can't be followed.
+    Opaque = 7,
+}
+
+/// The control word of a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ctl(pub u64);
+
+const EPOCH_SHIFT: u32 = 8;
+const PUNTED_SHIFT: u32 = 24;
+const EPOCH_MASK: u64 = 0xffff;
+/// Punted bytes of one epoch that the word can hold (1 TiB); an epoch that gets there is dead.
+pub const PUNTED_MAX_BYTES: u64 = (1 << (64 - PUNTED_SHIFT)) - 1;
+
+impl Ctl {
+    /// A word of its parts; `punted_bytes` at most [`PUNTED_MAX_BYTES`], of `epoch` the low 16 bits count.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(state: State, epoch: u32, punted_bytes: u64) -> Self {
+        Self(state as u64 | (epoch as u64 & EPOCH_MASK) << EPOCH_SHIFT | punted_bytes << PUNTED_SHIFT)
+    }
+
+    /// Number of the state; compare with `State::X as u64`.
+    #[must_use]
+    #[inline(always)]
+    pub const fn state(self) -> u64 {
+        self.0 & 0xff
+    }
+
+    /// Punt epoch.
+    #[must_use]
+    #[inline(always)]
+    pub const fn epoch(self) -> u32 {
+        (self.0 >> EPOCH_SHIFT & EPOCH_MASK) as u32
+    }
+
+    /// Bytes punted in this epoch.
+    #[must_use]
+    #[inline(always)]
+    pub const fn punted_bytes(self) -> u64 {
+        self.0 >> PUNTED_SHIFT
+    }
+
+    /// The same epoch in another state, nothing punted.
+    #[must_use]
+    #[inline(always)]
+    pub const fn to(self, state: State) -> Self {
+        Self::new(state, self.epoch(), 0)
+    }
+
+    /// The daemon's from here on: a new epoch.
+    #[must_use]
+    #[inline(always)]
+    pub const fn punt(self, len_bytes: u64) -> Self {
+        Self::new(State::Punted, self.epoch().wrapping_add(1), len_bytes)
+    }
+
+    /// More bytes for the daemon; `None`: more than the word holds.
+    #[must_use]
+    #[inline(always)]
+    pub const fn punt_more(self, len_bytes: u64) -> Option<Self> {
+        let punted = self.punted_bytes() + len_bytes;
+        if punted > PUNTED_MAX_BYTES { None } else { Some(Self::new(State::Punted, self.epoch(), punted)) }
+    }
+
+    /// Name of the state, for people.
+    #[must_use]
+    pub const fn state_name(self) -> &'static str {
+        match self.state() {
+            1 => "head",
+            2 => "body",
+            3 => "chunked",
+            4 => "punted",
+            5 => "discard",
+            6 => "dead",
+            7 => "opaque",
+            _ => "unknown",
+        }
+    }
+}
+
+/// Where `len` bytes lead that follow in a message with `left` bytes to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Advance {
+    /// Into the body, with so many bytes left.
+    Within(u64),
+    /// Exactly to the end: a head is next.
+    End,
+    /// Past the end: more than one request in flight (pipelining).
+    Past,
+}
+
+/// Takes `len` bytes off a message with `left` bytes to go.
+#[inline(always)]
+pub const fn advance(left: u64, len: u64) -> Advance {
+    if len < left {
+        Advance::Within(left - len)
+    } else if len == left {
+        Advance::End
+    } else {
+        Advance::Past
+    }
+}
+
+/// Whether the server has answered everything that was passed to it, as far as its send sequence tells: it has written since
+/// the last head (`mark`), and the client has acknowledged all that it wrote. Only then may an answer of ours be sent.
+///
+/// The first request of a connection (`first`) has no answer to wait for.
+#[must_use]
+#[inline(always)]
+pub const fn answered(first: bool, mark: u32, write_seq: u32, acknowledged_seq: u32) -> bool {
+    first || (write_seq != mark && acknowledged_seq == write_seq)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn ctl_round_trips(epoch in 0_u32..=0xffff, punted in 0..=PUNTED_MAX_BYTES) {
+            let ctl = Ctl::new(State::Punted, epoch, punted);
+            prop_assert_eq!(ctl.state(), State::Punted as u64);
+            prop_assert_eq!(ctl.epoch(), epoch);
+            prop_assert_eq!(ctl.punted_bytes(), punted);
+        }
+
+        /// The state machine against a reference: a stream of messages, cut at random, ends each message where it was made
+        /// to end, and flags a segment that holds the end of one and the start of the next.
+        #[test]
+        fn advance_follows_a_reference_stream(
+            messages in prop::collection::vec(1_u64..5_000, 1..20),
+            cuts in prop::collection::vec(1_u64..3_000, 1..400),
+        ) {
+            let ends: Vec<u64> = messages.iter().scan(0, |sum, len| { *sum += len; Some(*sum) }).collect();
+            let (mut at, mut message, mut left) = (0, 0, messages[0]);
+            for cut in cuts {
+                let crosses = at + cut > ends[message];
+                match advance(left, cut) {
+                    Advance::Past => { prop_assert!(crosses); break; }
+                    Advance::End => {
+                        at += cut;
+                        prop_assert_eq!(at, ends[message]);
+                        message += 1;
+                        if message == messages.len() { break; }
+                        left = messages[message];
+                    }
+                    Advance::Within(rest) => {
+                        at += cut;
+                        prop_assert!(!crosses);
+                        prop_assert_eq!(at + rest, ends[message]);
+                        left = rest;
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_epoch_that_overflows_is_refused() {
+        let ctl = Ctl::new(State::Punted, 1, PUNTED_MAX_BYTES);
+        assert_eq!(ctl.punt_more(1), None);
+        assert_eq!(ctl.punt_more(0), Some(ctl));
+        assert_eq!(Ctl::new(State::Head, 0xffff, 0).punt(7).epoch(), 0);
+    }
+
+    #[test]
+    fn an_answer_may_be_sent_only_when_nothing_is_outstanding() {
+        assert!(answered(true, 5, 5, 5));
+        assert!(!answered(false, 5, 5, 5));
+        assert!(!answered(false, 5, 9, 8));
+        assert!(answered(false, 5, 9, 9));
+    }
+}

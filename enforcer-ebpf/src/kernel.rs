@@ -1,0 +1,179 @@
+//! The kernel's helpers, as far as the programs need them, with results that must be looked at.
+
+use core::ffi::c_void;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::{
+    bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_loop, bpf_skb_load_bytes, bpf_skb_store_bytes,
+    bpf_skc_to_tcp_sock,
+};
+use aya_ebpf::programs::SkBuffContext;
+use enforcer_common::abi::{Config, Counter};
+use enforcer_common::flow::Ctl;
+
+use crate::maps::{CONFIG, COUNTERS};
+
+/// A helper failed.
+pub(crate) struct Failed;
+
+/// Offsets in `struct tcp_sock`, set by the loader from the kernel's own type information.
+#[unsafe(no_mangle)]
+static TCP_WRITE_SEQ_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static TCP_SND_UNA_OFFSET: u32 = 0;
+
+/// Adds one to a counter.
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the kernel gave a pointer to this CPU's value. An interruption between load and store can lose one count.
+        unsafe { *value = (*value).wrapping_add(1) };
+    }
+}
+
+/// `CLOCK_BOOTTIME`, in nanoseconds.
+#[inline(always)]
+pub(crate) fn now_ns() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+#[inline(always)]
+pub(crate) fn config() -> Option<&'static Config> {
+    CONFIG.get(0)
+}
+
+/// A flow's control word, read and written as a whole.
+pub(crate) struct CtlCell(*mut u64);
+
+impl CtlCell {
+    #[inline(always)]
+    pub(crate) fn new(word: *mut u64) -> Self {
+        Self(word)
+    }
+
+    #[inline(always)]
+    pub(crate) fn load(&self) -> Ctl {
+        // SAFETY: an aligned word in a map value, changed by whole-word accesses only.
+        Ctl(unsafe { self.0.read_volatile() })
+    }
+
+    #[inline(always)]
+    pub(crate) fn store(&self, ctl: Ctl) {
+        // SAFETY: as in `load`.
+        unsafe { self.0.write_volatile(ctl.0) }
+    }
+
+    /// Changes the word if it still is what it was.
+    #[inline(always)]
+    #[must_use]
+    pub(crate) fn replace(&self, old: Ctl, new: Ctl) -> bool {
+        // SAFETY: as in `load`; the value outlives the program's run.
+        let word = unsafe { AtomicU64::from_ptr(self.0) };
+        word.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+}
+
+/// The bytes in front of a `stream_verdict` program.
+#[derive(Clone, Copy)]
+pub(crate) struct Skb<'a> {
+    pub(crate) ctx: &'a SkBuffContext,
+}
+
+impl Skb<'_> {
+    #[inline(always)]
+    fn raw(&self) -> *mut __sk_buff {
+        self.ctx.as_ptr().cast()
+    }
+
+    #[inline(always)]
+    pub(crate) fn len(&self) -> u32 {
+        self.ctx.len()
+    }
+
+    /// Cookie of the socket that the bytes came in on.
+    #[inline(always)]
+    pub(crate) fn cookie(&self) -> u64 {
+        // SAFETY: the context is valid.
+        unsafe { bpf_get_socket_cookie(self.raw().cast()) }
+    }
+
+    /// Copies bytes. `MAX` is a power of two; a length of 0 or above `MAX` is an error.
+    ///
+    /// # Safety
+    /// `to` is valid for `MAX` bytes.
+    #[inline(always)]
+    pub(crate) unsafe fn load<const MAX: u32>(&self, offset: u32, to: *mut u8, len: u32) -> Result<(), Failed> {
+        let len = bounded::<MAX>(len)?;
+        // SAFETY: `len` is in 1..=MAX, for which `to` is valid.
+        let result = unsafe { bpf_skb_load_bytes(self.raw().cast(), offset, to.cast(), len) };
+        if result == 0 { Ok(()) } else { Err(Failed) }
+    }
+
+    /// One byte.
+    #[inline(always)]
+    pub(crate) fn byte(&self, offset: u32) -> Result<u8, Failed> {
+        let mut byte = 0_u8;
+        // SAFETY: one byte into one byte.
+        let result = unsafe { bpf_skb_load_bytes(self.raw().cast(), offset, (&raw mut byte).cast(), 1) };
+        if result == 0 { Ok(byte) } else { Err(Failed) }
+    }
+
+    /// Overwrites bytes; the length rules are those of [`Self::load`].
+    ///
+    /// # Safety
+    /// `from` is valid for `MAX` bytes.
+    #[inline(always)]
+    pub(crate) unsafe fn store<const MAX: u32>(&self, offset: u32, from: *const u8, len: u32) -> Result<(), Failed> {
+        let len = bounded::<MAX>(len)?;
+        // SAFETY: `len` is in 1..=MAX, for which `from` is valid.
+        let result = unsafe { bpf_skb_store_bytes(self.raw().cast(), offset, from.cast(), len, 0) };
+        if result == 0 { Ok(()) } else { Err(Failed) }
+    }
+
+    /// The server's next sequence number to write, and the oldest one that its client has not acknowledged.
+    #[inline(always)]
+    pub(crate) fn sequences(&self) -> Option<(u32, u32)> {
+        // SAFETY: the verifier checks the context access, and that the pointers are compared with null. The offsets are
+        // constants to the verifier (the loader freezes them), which checks that they name a 32-bit field.
+        unsafe {
+            let sk = (*self.raw()).__bindgen_anon_2.sk;
+            if sk.is_null() {
+                return None;
+            }
+            let tcp = bpf_skc_to_tcp_sock(sk.cast()).cast::<u8>();
+            if tcp.is_null() {
+                return None;
+            }
+            let write_seq = (&raw const TCP_WRITE_SEQ_OFFSET).read_volatile() as usize;
+            let snd_una = (&raw const TCP_SND_UNA_OFFSET).read_volatile() as usize;
+            Some((tcp.add(write_seq).cast::<u32>().read_volatile(), tcp.add(snd_una).cast::<u32>().read_volatile()))
+        }
+    }
+}
+
+/// A length that every verifier since 6.1 believes to be in `1..=MAX`: compare first, then mask, with the compiler kept from
+/// merging the two (6.1 forgets the lower bound of `len < 1 || len > MAX`).
+#[inline(always)]
+fn bounded<const MAX: u32>(len: u32) -> Result<u32, Failed> {
+    if len == 0 || len > MAX {
+        return Err(Failed);
+    }
+    let len = core::hint::black_box(len);
+    let len = ((len - 1) & (MAX - 1)) + 1;
+    Ok(core::hint::black_box(len))
+}
+
+/// A callback of `bpf_loop`: not 0 ends the loop.
+pub(crate) type Callback<T> = extern "C" fn(u32, *mut T) -> i64;
+
+/// Runs a callback with 0, 1, ... at most `times` times.
+#[inline(always)]
+pub(crate) fn repeat<T>(times: u32, callback: Callback<T>, state: &mut T) -> Result<(), Failed> {
+    // SAFETY: the callback gets `state` back, which outlives the call; the verifier checks the callback like a program.
+    let done =
+        unsafe { bpf_loop(times, callback as *mut c_void, core::ptr::from_mut(state).cast(), 0) };
+    if done < 0 { Err(Failed) } else { Ok(()) }
+}

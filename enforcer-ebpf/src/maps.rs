@@ -1,0 +1,71 @@
+//! The maps. What is in them, who writes, reads and deletes, and why they have their sizes: see the value types in
+//! `enforcer_common::abi`.
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash, SockMap};
+use enforcer_common::abi::{
+    Config, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_COUNTERS, MAX_ENDPOINTS, MAX_FLOWS,
+    MAX_GRANTS, MAX_INJECTORS, MAX_REASONS, MAX_REPLIES, MAX_SERVERS, MAX_SOCKETS, MAX_VERDICTS, PUNTS_BYTES,
+    ReasonName, Reply, ServerLabel, Verdict,
+};
+use enforcer_common::digest::DigestKey;
+use enforcer_common::head::HeadBuf;
+
+#[map]
+pub(crate) static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static DIGEST_KEY: Array<DigestKey> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static ENDPOINTS: HashMap<EndpointKey, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, 0);
+
+/// Guarded sockets by cookie. The kernel removes a socket when it closes.
+#[map]
+pub(crate) static SOCKETS: SockHash<u64> = SockHash::with_max_entries(MAX_SOCKETS, 0);
+
+#[map]
+pub(crate) static FLOWS: HashMap<u64, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
+
+#[map]
+pub(crate) static VERDICTS: LruHashMap<HeadDigest, Verdict> = LruHashMap::with_max_entries(MAX_VERDICTS, 0);
+
+#[map]
+pub(crate) static GRANTS: Array<Grant> = Array::with_max_entries(MAX_GRANTS, 0);
+
+#[map]
+pub(crate) static REPLIES: Array<Reply> = Array::with_max_entries(MAX_REPLIES, 0);
+
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 0);
+
+/// Bytes on their way to the daemon, headed by `PuntHeader`. Full: the flow that found it full is dead.
+#[map]
+pub(crate) static PUNTS: RingBuf = RingBuf::with_byte_size(PUNTS_BYTES, 0);
+
+/// The kernel's ends of the daemon's socket pairs.
+#[map]
+pub(crate) static INJECTORS: SockMap = SockMap::with_max_entries(MAX_INJECTORS, 0);
+
+/// Memory for the head that is being judged. A judge may be interrupted, or preempted, by another one on its CPU, so a slot
+/// is owned by who set its `busy`, not by the CPU.
+#[repr(C)]
+pub(crate) struct Slot {
+    pub(crate) busy: u64,
+    pub(crate) head: HeadBuf,
+}
+
+/// Slots per CPU. More than so many judges inside one another on a CPU: the flow of the last is dead.
+pub(crate) const SLOTS: u32 = 4;
+
+#[map]
+pub(crate) static SCRATCH: PerCpuArray<Slot> = PerCpuArray::with_max_entries(SLOTS, 0);
+
+#[map]
+pub(crate) static REASONS: HashMap<ReasonName, u64> = HashMap::with_max_entries(MAX_REASONS, 0);
+
+#[map]
+pub(crate) static GRANT_LABELS: Array<GrantLabel> = Array::with_max_entries(MAX_GRANTS, 0);
+
+#[map]
+pub(crate) static SERVER_LABELS: Array<ServerLabel> = Array::with_max_entries(MAX_SERVERS, 0);

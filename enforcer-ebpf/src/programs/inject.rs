@@ -1,0 +1,68 @@
+//! `sk_skb/stream_verdict` on the daemon's sockets: carries bytes from the daemon into a guarded socket, and hands flows back.
+//!
+//! Bytes go only to a flow that the daemon owns in the epoch that it means. A hand-back is a datagram of its own: when it is
+//! processed, all bytes sent before it are queued at the guarded socket already, so nothing can pass before them.
+
+use aya_ebpf::bindings::BPF_F_INGRESS;
+use aya_ebpf::bindings::sk_action::SK_DROP;
+use aya_ebpf::helpers::bpf_skb_adjust_room;
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::macros::stream_verdict;
+use aya_ebpf::programs::SkBuffContext;
+use enforcer_common::abi::{
+    Counter, INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, InjectHeader,
+};
+use enforcer_common::flow::{Ctl, State};
+
+use crate::kernel::{CtlCell, count};
+use crate::maps::{FLOWS, SOCKETS};
+
+#[stream_verdict]
+fn inject(ctx: SkBuffContext) -> u32 {
+    match ctx.load::<InjectHeader>(0) {
+        Ok(header) => match header.kind {
+            INJECT_TO_SERVER => carry(&ctx, &header, u64::from(BPF_F_INGRESS), Counter::Injected),
+            INJECT_TO_CLIENT => carry(&ctx, &header, 0, Counter::Answered),
+            INJECT_HAND_BACK => hand_back(&header),
+            _ => failed(),
+        },
+        Err(_) => failed(),
+    }
+}
+
+fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counter) -> u32 {
+    let Some(flow) = FLOWS.get_ptr_mut(header.cookie) else { return failed() };
+    // SAFETY: a valid map value, of which one word is read.
+    let ctl = CtlCell::new(unsafe { &raw mut (*flow).ctl }).load();
+    if ctl.state() != State::Punted as u64 || ctl.epoch() != Ctl(header.expected_ctl).epoch() {
+        return failed();
+    }
+    // SAFETY: the context is valid. This is no TCP skb, so its length may change.
+    let removed = unsafe { bpf_skb_adjust_room(ctx.as_ptr().cast(), -(size_of::<InjectHeader>() as i32), 0, 0) };
+    if removed != 0 {
+        return failed();
+    }
+    count(counter);
+    SOCKETS.redirect_skb(ctx, header.cookie, flags) as u32
+}
+
+fn hand_back(header: &InjectHeader) -> u32 {
+    let Some(flow) = FLOWS.get_ptr_mut(header.cookie) else { return failed() };
+    // SAFETY: a valid map value. The judge reads these fields only in the states that the exchange below leads to.
+    let ctl = unsafe {
+        (&raw mut (*flow).remaining_bytes).write_volatile(header.remaining_bytes);
+        (&raw mut (*flow).chunked).write_volatile(header.chunked);
+        if header.last_grant != 0 {
+            (&raw mut (*flow).last_grant).write_volatile(header.last_grant);
+        }
+        CtlCell::new(&raw mut (*flow).ctl)
+    };
+    let done = ctl.replace(Ctl(header.expected_ctl), Ctl(header.new_ctl));
+    count(if done { Counter::HandedBack } else { Counter::HandBackLate });
+    SK_DROP
+}
+
+fn failed() -> u32 {
+    count(Counter::InjectFailed);
+    SK_DROP
+}

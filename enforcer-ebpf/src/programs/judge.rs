@@ -1,0 +1,384 @@
+//! `sk_skb/stream_verdict` on the guarded sockets: passes, answers or hands over each request.
+
+use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
+use aya_ebpf::macros::stream_verdict;
+use aya_ebpf::programs::SkBuffContext;
+use enforcer_common::abi::{
+    Config, Counter, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow, PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS,
+    REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
+};
+use enforcer_common::chunked::{ChunkStep, Chunked};
+use enforcer_common::flow::{Advance, State, advance, answered};
+use enforcer_common::head::{HeadInfo, Miss};
+use enforcer_common::verdict::{self, Known};
+
+use super::punt::{self, Event};
+use super::recognise::{self, Head};
+use crate::kernel::{CtlCell, Skb, config, count, now_ns, repeat};
+use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS, VERDICTS};
+
+/// The most steps of the chunk decoder over one skb: about 700 chunks.
+const CHUNK_STEPS: u32 = 4096;
+
+/// What happens to an skb.
+#[must_use]
+enum Outcome {
+    /// It goes to the server; the flow is in this state next, with so many bytes of the message left.
+    Pass(Counter, State, u64),
+    /// It is dropped; state and bytes left as above.
+    Drop(Counter, State, u64),
+    /// It becomes the answer with this number; so many bytes of the request's body will follow.
+    Reply(Counter, u32, u64),
+    /// The flow is the daemon's from here on.
+    Punt(Counter),
+    /// The flow is the daemon's already.
+    PuntMore,
+    /// Nothing passes any more.
+    Dead(Counter),
+}
+
+/// One skb of a guarded connection.
+struct Input<'a> {
+    skb: Skb<'a>,
+    cookie: u64,
+    len: u64,
+    /// The answer to the previous request is not there yet.
+    unanswered: bool,
+}
+
+#[stream_verdict]
+fn judge(ctx: SkBuffContext) -> u32 {
+    let skb = Skb { ctx: &ctx };
+    let cookie = skb.cookie();
+    let Some(flow) = FLOWS.get_ptr_mut(cookie) else {
+        count(Counter::NoFlow);
+        return SK_DROP;
+    };
+    // SAFETY: a valid map value. Only this program changes it while the flow is the kernel's, under the socket's lock.
+    let flow = unsafe { &mut *flow };
+    let mut input = Input { skb, cookie, len: u64::from(skb.len()), unanswered: false };
+    let outcome = decide(&mut input, flow);
+    act(&input, flow, outcome)
+}
+
+#[inline(always)]
+fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
+    const HEAD: u64 = State::Head as u64;
+    const BODY: u64 = State::Body as u64;
+    const CHUNKED: u64 = State::Chunked as u64;
+    const PUNTED: u64 = State::Punted as u64;
+    const DISCARD: u64 = State::Discard as u64;
+    const OPAQUE: u64 = State::Opaque as u64;
+    match CtlCell::new(&raw mut flow.ctl).load().state() {
+        HEAD => on_head(input, flow),
+        BODY => match advance(flow.remaining_bytes, input.len) {
+            Advance::Within(left) => Outcome::Pass(Counter::BodyPassed, State::Body, left),
+            Advance::End => Outcome::Pass(Counter::BodyPassed, State::Head, 0),
+            Advance::Past => Outcome::Dead(Counter::DeadPipelined),
+        },
+        CHUNKED => on_chunked(input, flow),
+        PUNTED => Outcome::PuntMore,
+        DISCARD => match advance(flow.remaining_bytes, input.len) {
+            Advance::Within(left) => Outcome::Drop(Counter::BodyDiscarded, State::Discard, left),
+            Advance::End => Outcome::Drop(Counter::BodyDiscarded, State::Head, 0),
+            Advance::Past => Outcome::Dead(Counter::DeadPipelined),
+        },
+        OPAQUE if flow.flags & FLOW_OBSERVE != 0 => Outcome::Pass(Counter::OpaquePassed, State::Opaque, 0),
+        _ => Outcome::Drop(Counter::DeadDropped, State::Dead, 0),
+    }
+}
+
+#[inline(always)]
+fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
+    let now_ns = now_ns();
+    let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
+        return Outcome::Dead(Counter::DeadHelper);
+    };
+    input.unanswered = !answered(flow.requests == 0, flow.write_seq_mark, write_seq, acknowledged_seq);
+    flow.write_seq_mark = write_seq;
+    flow.requests += 1;
+    flow.last_request_ns = now_ns;
+    let Some(config) = config() else { return Outcome::Dead(Counter::DeadHelper) };
+    let (info, digest) = match recognise::head(input.skb, flow.endpoint_id) {
+        Head::Known(info, digest) => (info, digest),
+        Head::Miss(miss) => {
+            let reason =
+                if miss == Miss::Incomplete { Counter::PuntIncomplete } else { Counter::PuntIrregular };
+            return punt(input, flow, config, now_ns, reason, None);
+        }
+        Head::NoScratch => return Outcome::Dead(Counter::DeadScratch),
+        Head::Failed => return Outcome::Dead(Counter::DeadHelper),
+    };
+    // SAFETY: verdicts are only replaced as a whole.
+    let Some(verdict) = (unsafe { VERDICTS.get(digest) }) else {
+        return punt(input, flow, config, now_ns, Counter::PuntUnknown, Some(info));
+    };
+    let grant = if verdict.kind == VERDICT_ALLOW { GRANTS.get_ptr_mut(verdict.index) } else { None };
+    // SAFETY: a valid map value; see `Grant` for why a grant is never half of another.
+    let known = verdict::judge(verdict, grant.map(|grant| unsafe { &*grant }), config, now_ns);
+    match known {
+        Known::Allow(counter) => {
+            if let Some(grant) = grant {
+                // SAFETY: as above. The count may lose one when two CPUs use a grant at once; nothing is decided by it.
+                unsafe { (*grant).requests = (*grant).requests.wrapping_add(1) };
+                flow.last_grant = verdict.index + 1;
+            }
+            flow.allowed += 1;
+            pass_request(input, info, counter)
+        }
+        Known::Deny(_) if flow.flags & FLOW_OBSERVE != 0 => pass_request(input, info, Counter::WouldRefuse),
+        Known::Deny(reply_id) => refuse(input, flow, info, reply_id, Counter::Refused),
+        Known::Stale(reason) => punt(input, flow, config, now_ns, reason, Some(info)),
+    }
+}
+
+#[inline(always)]
+fn pass_request(input: &Input<'_>, info: HeadInfo, counter: Counter) -> Outcome {
+    match advance(u64::from(info.head_bytes) + info.content_length, input.len) {
+        Advance::Within(left) => Outcome::Pass(counter, State::Body, left),
+        Advance::End => Outcome::Pass(counter, State::Head, 0),
+        Advance::Past => Outcome::Dead(Counter::DeadPipelined),
+    }
+}
+
+#[inline(always)]
+fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, counter: Counter) -> Outcome {
+    if input.unanswered {
+        return Outcome::Dead(Counter::DeadUnanswered);
+    }
+    let left = match advance(u64::from(info.head_bytes) + info.content_length, input.len) {
+        Advance::Within(left) => left,
+        Advance::End => 0,
+        Advance::Past => return Outcome::Dead(Counter::DeadPipelined),
+    };
+    let fits = REPLIES.get(reply_id).is_some_and(|reply| {
+        reply.min_bytes != 0 && input.len >= u64::from(reply.min_bytes) && input.len <= REPLY_MAX_BYTES as u64
+    });
+    if !fits {
+        return if matches!(counter, Counter::RefusedUnavailable) {
+            Outcome::Dead(Counter::DeadUnavailable)
+        } else {
+            Outcome::Punt(Counter::PuntReplyTooLong)
+        };
+    }
+    flow.refused += 1;
+    Outcome::Reply(counter, reply_id, left)
+}
+
+/// A head for the daemon, if it is alive; else 503 where that is possible.
+#[inline(always)]
+fn punt(
+    input: &Input<'_>,
+    flow: &mut Flow,
+    config: &Config,
+    now_ns: u64,
+    reason: Counter,
+    info: Option<HeadInfo>,
+) -> Outcome {
+    let alive = config.abi_version != 0
+        && now_ns.wrapping_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
+    if alive || flow.flags & FLOW_OBSERVE != 0 {
+        return Outcome::Punt(reason);
+    }
+    match info {
+        Some(info) => {
+            refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable)
+        }
+        None => Outcome::Dead(Counter::DeadUnavailable),
+    }
+}
+
+struct Walk<'a> {
+    skb: Skb<'a>,
+    decoder: Chunked,
+    at: u64,
+    len: u64,
+    /// 0: goes on, 1: the body ends at `at`, 2: broken.
+    end: u64,
+}
+
+#[inline(always)]
+fn on_chunked(input: &Input<'_>, flow: &mut Flow) -> Outcome {
+    let mut walk =
+        Walk { skb: input.skb, decoder: Chunked::from_bits(flow.chunked), at: 0, len: input.len, end: 0 };
+    if repeat(CHUNK_STEPS, chunk_step, &mut walk).is_err() {
+        return Outcome::Dead(Counter::DeadHelper);
+    }
+    flow.chunked = walk.decoder.to_bits();
+    if walk.end == 2 || (walk.end == 0 && walk.at != walk.len) {
+        return Outcome::Dead(Counter::DeadChunked);
+    }
+    match (walk.end == 1, walk.at == walk.len) {
+        (false, _) => Outcome::Pass(Counter::BodyPassed, State::Chunked, 0),
+        (true, true) => Outcome::Pass(Counter::BodyPassed, State::Head, 0),
+        (true, false) => Outcome::Dead(Counter::DeadPipelined),
+    }
+}
+
+extern "C" fn chunk_step(_index: u32, walk: *mut Walk<'_>) -> i64 {
+    // SAFETY: `bpf_loop` hands back the pointer that it was given.
+    let walk = unsafe { &mut *walk };
+    if walk.at >= walk.len {
+        return 1;
+    }
+    let byte = if walk.decoder.data_left() != 0 {
+        0
+    } else {
+        match walk.skb.byte(walk.at as u32) {
+            Ok(byte) => byte,
+            Err(_) => {
+                walk.end = 2;
+                return 1;
+            }
+        }
+    };
+    match walk.decoder.step(byte, walk.len - walk.at) {
+        ChunkStep::Consumed(taken) => {
+            walk.at += taken;
+            0
+        }
+        ChunkStep::End(taken) => {
+            walk.at += taken;
+            walk.end = 1;
+            1
+        }
+        ChunkStep::Broken => {
+            walk.end = 2;
+            1
+        }
+    }
+}
+
+/// Carries out what was decided. In enforce mode bytes reach the server by `Outcome::Pass` alone.
+#[inline(always)]
+fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
+    let ctl = CtlCell::new(&raw mut flow.ctl);
+    match outcome {
+        Outcome::Pass(counter, state, left) => {
+            flow.remaining_bytes = left;
+            ctl.store(ctl.load().to(state));
+            count(counter);
+            SK_PASS
+        }
+        Outcome::Drop(counter, state, left) => {
+            flow.remaining_bytes = left;
+            ctl.store(ctl.load().to(state));
+            count(counter);
+            SK_DROP
+        }
+        Outcome::Reply(counter, reply_id, left) => reply(input, flow, counter, reply_id, left),
+        Outcome::Punt(reason) => {
+            flow.punts += 1;
+            flow.flags |= FLOW_PUNTED_ONCE;
+            let next = ctl.load().punt(input.len);
+            ctl.store(next);
+            count(reason);
+            let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
+            hand_over(input, flow, next, reason, flags)
+        }
+        Outcome::PuntMore => punt_more(input, flow),
+        Outcome::Dead(reason) => dead(input, flow, reason),
+    }
+}
+
+/// More bytes of a flow that the daemon owns, unless it hands the flow back at this very moment.
+#[inline(always)]
+fn punt_more(input: &Input<'_>, flow: &mut Flow) -> u32 {
+    let ctl = CtlCell::new(&raw mut flow.ctl);
+    let now = ctl.load();
+    let Some(next) = now.punt_more(input.len) else { return dead(input, flow, Counter::DeadTooLong) };
+    if !ctl.replace(now, next) {
+        // The inject program handed the flow back between `decide` and here (nothing else writes the word now). The bytes
+        // follow those that the daemon has injected, so they are judged like any others.
+        return handed_back(input, flow);
+    }
+    count(Counter::PuntContinued);
+    hand_over(input, flow, next, Counter::PuntContinued, 0)
+}
+
+#[inline(never)]
+fn handed_back(input: &Input<'_>, flow: &mut Flow) -> u32 {
+    // Once: if the flow were punted and handed back yet again meanwhile, this program would have had to run in between.
+    let mut again = Input { skb: input.skb, cookie: input.cookie, len: input.len, unanswered: false };
+    match decide(&mut again, flow) {
+        Outcome::PuntMore => dead(input, flow, Counter::DeadHelper),
+        outcome => act_handed_back(&again, flow, outcome),
+    }
+}
+
+#[inline(always)]
+fn act_handed_back(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
+    let ctl = CtlCell::new(&raw mut flow.ctl);
+    match outcome {
+        Outcome::Pass(counter, state, left) => {
+            flow.remaining_bytes = left;
+            ctl.store(ctl.load().to(state));
+            count(counter);
+            SK_PASS
+        }
+        Outcome::Drop(counter, state, left) => {
+            flow.remaining_bytes = left;
+            ctl.store(ctl.load().to(state));
+            count(counter);
+            SK_DROP
+        }
+        _ => dead(input, flow, Counter::DeadPipelined),
+    }
+}
+
+#[inline(always)]
+fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: enforcer_common::flow::Ctl, reason: Counter, flags: u32) -> u32 {
+    flow.punted_bytes += input.len;
+    match punt::bytes(input.skb, flow, input.cookie, ctl, reason, flags) {
+        // Observe mode: the daemon has a copy, the server gets the bytes.
+        Ok(()) if flow.flags & FLOW_OBSERVE != 0 => SK_PASS,
+        Ok(()) => SK_DROP,
+        Err(counter) => dead(input, flow, counter),
+    }
+}
+
+/// The request's own bytes become the answer: same length, so that the kernel's sequence numbers stay right.
+#[inline(always)]
+fn reply(input: &Input<'_>, flow: &mut Flow, counter: Counter, reply_id: u32, left: u64) -> u32 {
+    const MAX: u32 = REPLY_MAX_BYTES as u32;
+    let Some(reply) = REPLIES.get(reply_id) else { return dead(input, flow, Counter::DeadHelper) };
+    let len = input.len as u32;
+    let digits = reply_digits(len.wrapping_sub(reply.head_bytes));
+    // SAFETY: the template has `REPLY_MAX_BYTES` bytes, the digits have `REPLY_DIGITS`.
+    let stored = unsafe {
+        input.skb.store::<MAX>(0, reply.bytes.as_ptr(), len).is_ok()
+            && input
+                .skb
+                .store::<{ REPLY_DIGITS as u32 }>(reply.content_length_at, digits.as_ptr(), REPLY_DIGITS as u32)
+                .is_ok()
+    };
+    if !stored {
+        return dead(input, flow, Counter::DeadHelper);
+    }
+    let ctl = CtlCell::new(&raw mut flow.ctl);
+    flow.remaining_bytes = left;
+    ctl.store(ctl.load().to(if left == 0 { State::Head } else { State::Discard }));
+    count(counter);
+    SOCKETS.redirect_skb(input.skb.ctx, input.cookie, 0) as u32
+}
+
+/// Nothing passes on this flow any more, and the daemon is asked to destroy its socket. Observe mode refuses nothing, so
+/// there the flow becomes opaque instead.
+#[inline(never)]
+fn dead(input: &Input<'_>, flow: &mut Flow, reason: Counter) -> u32 {
+    let ctl = CtlCell::new(&raw mut flow.ctl);
+    count(reason);
+    if flow.flags & FLOW_OBSERVE != 0 {
+        ctl.store(ctl.load().to(State::Opaque));
+        return SK_PASS;
+    }
+    ctl.store(ctl.load().to(State::Dead));
+    punt::event(Event {
+        kind: PUNT_DEAD,
+        cookie: input.cookie,
+        netns_cookie: flow.netns_cookie,
+        endpoint_id: flow.endpoint_id,
+        reason,
+    });
+    SK_DROP
+}

@@ -1,0 +1,184 @@
+//! `sock_ops` on a cgroup: guards each connection that a protected endpoint accepts, before its first byte can be read.
+
+use core::ffi::c_void;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{
+    BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_TCP_CLOSE, bpf_sock_ops,
+};
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt, bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
+};
+use aya_ebpf::macros::sock_ops;
+use aya_ebpf::programs::SockOpsContext;
+use enforcer_common::abi::{
+    Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow, MODE_OBSERVE,
+    PUNT_CLOSED, PUNT_FENCED,
+};
+use enforcer_common::flow::{Ctl, State};
+
+use super::punt::{self, Event};
+use crate::kernel::{config, count, now_ns};
+use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+const SOL_SOCKET: i32 = 1;
+const SO_BINDTOIFINDEX: i32 = 62;
+/// No interface has this number.
+const NO_INTERFACE: i32 = i32::MAX;
+
+#[sock_ops]
+fn tag_flow(ctx: SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(&ctx),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => closed(&ctx),
+        _ => {}
+    }
+    1
+}
+
+fn established(ctx: &SockOpsContext) {
+    let Some(local) = local(ctx) else { return };
+    let Some(endpoint) = endpoint(local) else { return };
+    let Some(config) = config() else { return };
+    if config.draining != 0 {
+        return;
+    }
+    // SAFETY: the context is valid; as below.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let observe = config.mode == MODE_OBSERVE;
+    let flow = Flow {
+        ctl: Ctl::new(State::Head, 0, 0).0,
+        remaining_bytes: 0,
+        chunked: 0,
+        netns_cookie,
+        opened_ns: now_ns(),
+        last_request_ns: 0,
+        caller_cgroup_id: 0,
+        requests: 0,
+        allowed: 0,
+        refused: 0,
+        punts: 0,
+        punted_bytes: 0,
+        local,
+        peer: peer(ctx),
+        endpoint_id: endpoint.endpoint_id,
+        unavailable_reply_id: endpoint.unavailable_reply_id,
+        flags: if observe { FLOW_OBSERVE } else { 0 },
+        write_seq_mark: 0,
+        last_grant: 0,
+        caller_uid: u32::MAX,
+    };
+    // Without a record the socket is guarded all the same: the judge drops what it has no record for.
+    if FLOWS.insert(cookie, flow, 0).is_err() {
+        count(Counter::FlowTableFull);
+    }
+    let mut key = cookie;
+    // SAFETY: the context is valid, the key is a word.
+    let result = unsafe {
+        bpf_sock_hash_update(
+            ctx.as_ptr().cast(),
+            (&raw const SOCKETS).cast_mut().cast(),
+            (&raw mut key).cast(),
+            u64::from(BPF_NOEXIST),
+        )
+    };
+    if result != 0 {
+        fence(ctx, cookie, netns_cookie, endpoint.endpoint_id);
+        return;
+    }
+    // SAFETY: the context is valid.
+    unsafe {
+        let flags = (*ctx.as_ptr().cast::<bpf_sock_ops>()).bpf_sock_ops_cb_flags;
+        bpf_sock_ops_cb_flags_set(ctx.as_ptr().cast(), (flags | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+    }
+    count(Counter::FlowTagged);
+}
+
+/// A socket that can't be guarded (it speaks MPTCP, say) must not talk: bound to an interface that does not exist, it is not
+/// found for any further packet, and the listener resets its peer. The daemon destroys it besides.
+fn fence(ctx: &SockOpsContext, cookie: u64, netns_cookie: u64, endpoint_id: u32) {
+    let mut interface = NO_INTERFACE;
+    // SAFETY: the option's value is an int.
+    unsafe {
+        bpf_setsockopt(
+            ctx.as_ptr(),
+            SOL_SOCKET,
+            SO_BINDTOIFINDEX,
+            (&raw mut interface).cast::<c_void>(),
+            size_of::<i32>() as i32,
+        );
+    }
+    let _ = FLOWS.remove(cookie);
+    count(Counter::SocketFenced);
+    punt::event(Event { kind: PUNT_FENCED, cookie, netns_cookie, endpoint_id, reason: Counter::SocketFenced });
+}
+
+fn closed(ctx: &SockOpsContext) {
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the entry is read while the map holds it; only this callback removes it.
+    let Some(flow) = (unsafe { FLOWS.get(cookie) }) else { return };
+    let (flags, netns_cookie, endpoint_id) = (flow.flags, flow.netns_cookie, flow.endpoint_id);
+    let _ = FLOWS.remove(cookie);
+    count(Counter::FlowClosed);
+    if flags & FLOW_PUNTED_ONCE != 0 {
+        punt::event(Event { kind: PUNT_CLOSED, cookie, netns_cookie, endpoint_id, reason: Counter::FlowClosed });
+    }
+}
+
+#[inline(always)]
+fn endpoint(local: EndpointKey) -> Option<&'static Endpoint> {
+    // SAFETY: entries are only replaced as a whole, by the daemon.
+    unsafe { ENDPOINTS.get(local).or_else(|| ENDPOINTS.get(local.wildcard())) }
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> Option<EndpointKey> {
+    let port = ctx.local_port() as u16;
+    match ctx.family() {
+        AF_INET => Some(v4(ctx.local_ip4(), port)),
+        AF_INET6 => Some(v6(ctx.local_ip6(), port)),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn peer(ctx: &SockOpsContext) -> EndpointKey {
+    // The port is in network order, in the upper half of a word that is in network order too.
+    let port = u32::from_be(ctx.remote_port()) as u16;
+    if ctx.family() == AF_INET { v4(ctx.remote_ip4(), port) } else { v6(ctx.remote_ip6(), port) }
+}
+
+#[inline(always)]
+fn v4(addr: u32, port: u16) -> EndpointKey {
+    let mut key = EndpointKey { addr: [0; 16], port, family: FAMILY_V4, zero: 0 };
+    let bytes = addr.to_ne_bytes();
+    key.addr[0] = bytes[0];
+    key.addr[1] = bytes[1];
+    key.addr[2] = bytes[2];
+    key.addr[3] = bytes[3];
+    key
+}
+
+/// A v4-mapped address is an IPv4 address: a server that listens on `::` speaks both.
+#[inline(always)]
+fn v6(addr: [u32; 4], port: u16) -> EndpointKey {
+    if addr[0] == 0 && addr[1] == 0 && addr[2] == 0xffff_u32.to_be() {
+        return v4(addr[3], port);
+    }
+    let mut key = EndpointKey { addr: [0; 16], port, family: FAMILY_V6, zero: 0 };
+    let mut k = 0;
+    while k < 4 {
+        let bytes = addr[k].to_ne_bytes();
+        key.addr[k * 4] = bytes[0];
+        key.addr[k * 4 + 1] = bytes[1];
+        key.addr[k * 4 + 2] = bytes[2];
+        key.addr[k * 4 + 3] = bytes[3];
+        k += 1;
+    }
+    key
+}
