@@ -1,8 +1,6 @@
 //! The kernel's helpers, as far as the programs need them, with results that must be looked at.
 
 use core::ffi::c_void;
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{
@@ -70,10 +68,51 @@ impl CtlCell {
     #[inline(always)]
     #[must_use]
     pub(crate) fn replace(&self, old: Ctl, new: Ctl) -> bool {
-        // SAFETY: as in `load`; the value outlives the program's run.
-        let word = unsafe { AtomicU64::from_ptr(self.0) };
-        word.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        // SAFETY: as in `load`.
+        unsafe { compare_exchange(self.0, old.0, new.0) == old.0 }
     }
+}
+
+// Rust has no compare-and-swap for this target (`target_has_atomic` is unset), the instruction set does (since v3).
+
+/// Writes `new` if the word is `old`; gives what it was.
+///
+/// # Safety
+/// `word` is valid and aligned.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+    let found;
+    // SAFETY: the caller's. Clobbers nothing but `r0`, which it gives.
+    unsafe {
+        core::arch::asm!("r0 = cmpxchg_64({word} + 0, r0, {new})", word = in(reg) word, new = in(reg) new, inout("r0") old => found);
+    }
+    found
+}
+
+/// Writes `new`; gives what the word was.
+///
+/// # Safety
+/// `word` is valid and aligned.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+pub(crate) unsafe fn exchange(word: *mut u64, new: u64) -> u64 {
+    let found;
+    // SAFETY: the caller's.
+    unsafe {
+        core::arch::asm!("{value} = xchg_64({word} + 0, {value})", word = in(reg) word, value = inout(reg) new => found);
+    }
+    found
+}
+
+#[cfg(not(target_arch = "bpf"))]
+unsafe fn compare_exchange(_word: *mut u64, _old: u64, _new: u64) -> u64 {
+    unreachable!("compiled for lints only")
+}
+
+#[cfg(not(target_arch = "bpf"))]
+pub(crate) unsafe fn exchange(_word: *mut u64, _new: u64) -> u64 {
+    unreachable!("compiled for lints only")
 }
 
 /// The bytes in front of a `stream_verdict` program.

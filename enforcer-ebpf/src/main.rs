@@ -10,6 +10,7 @@
 //! place that does so in enforce mode is `Outcome::Pass`, and only a known head whose grant lives leads to it.
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![cfg_attr(target_arch = "bpf", no_main)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 mod kernel;
 mod maps;

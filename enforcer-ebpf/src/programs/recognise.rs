@@ -1,12 +1,10 @@
 //! The head of a request in front of the judge: scanned, masked and digested in scratch memory.
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use enforcer_common::abi::HeadDigest;
 use enforcer_common::digest::{Digest, DigestKey};
 use enforcer_common::head::{HEAD_MAX_BYTES, HeadBuf, HeadInfo, MAX_BLOCKS, Miss, Scan, Step};
 
-use crate::kernel::{Failed, Skb, repeat};
+use crate::kernel::{Failed, Skb, exchange, repeat};
 use crate::maps::{DIGEST_KEY, SCRATCH, SLOTS, Slot};
 
 /// What became of recognising a head.
@@ -76,9 +74,8 @@ fn acquire() -> Option<*mut Slot> {
     let mut index = 0;
     while index < SLOTS {
         let slot = SCRATCH.get_ptr_mut(index)?;
-        // SAFETY: a valid map value; `busy` is only accessed atomically.
-        let busy = unsafe { AtomicU64::from_ptr(&raw mut (*slot).busy) };
-        if busy.swap(1, Ordering::SeqCst) == 0 {
+        // SAFETY: a valid map value; `busy` is taken atomically, and released by who took it.
+        if unsafe { exchange(&raw mut (*slot).busy, 1) } == 0 {
             return Some(slot);
         }
         index += 1;

@@ -1,0 +1,183 @@
+//! Loading, attaching and pinning the kernel programs.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{MapError, SockHash, SockMap};
+use aya::programs::{CgroupAttachMode, ProgramError, SkSkb, SockOps, links::FdLink};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use enforcer_common::abi::map;
+
+use super::{EBPF_OBJECT, LINK_PIN, OffsetError, PinDir, TcpOffsets};
+
+/// Why the programs are not in the kernel. Whatever had been done before the error was undone.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The kernel's type information is missing.
+    #[error(transparent)]
+    Offsets(#[from] OffsetError),
+    /// The object or a map was refused.
+    #[error("the kernel refused the eBPF object: {}", chain(.0))]
+    Object(#[from] EbpfError),
+    /// A program was refused by the verifier, or could not be attached.
+    #[error("the kernel refused the program `{name}`: {}", chain(.source))]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        source: ProgramError,
+    },
+    /// A map is not as it should be.
+    #[error("map `{name}`: {}", chain(.source))]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// What is wrong.
+        source: MapError,
+    },
+    /// The object lacks something; the build is broken.
+    #[error("the embedded eBPF object has no `{0}`; build again with `cargo xtask build`")]
+    Missing(&'static str),
+    /// A pin could not be made.
+    #[error("cannot pin under {path}: {reason}; is a bpffs mounted there?")]
+    Pin {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The cgroup could not be opened.
+    #[error("cannot open the cgroup {path}: {source}")]
+    Cgroup {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+/// The programs are in the kernel, their maps are pinned, nothing is attached to a cgroup yet.
+pub struct Loaded {
+    ebpf: Ebpf,
+    pins: PinDir,
+    committed: bool,
+}
+
+/// Loads the programs and pins maps and programs in `pins`, which must be empty or absent.
+///
+/// # Errors
+/// See [`LoadError`].
+pub fn load(pins: &PinDir) -> Result<Loaded, LoadError> {
+    let offsets = TcpOffsets::of_running_kernel()?;
+    std::fs::create_dir_all(pins.path()).map_err(|error| pin_error(pins.path(), &error))?;
+    match load_into(pins, offsets) {
+        Ok(ebpf) => Ok(Loaded { ebpf, pins: pins.clone(), committed: false }),
+        Err(error) => {
+            let _ = pins.remove();
+            Err(error)
+        }
+    }
+}
+
+fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
+        .override_global("TCP_SND_UNA_OFFSET", &offsets.snd_una, true);
+    for name in MAPS {
+        loader.map_pin_path(*name, pins.pin(name));
+    }
+    let mut ebpf = loader.load(EBPF_OBJECT)?;
+
+    let sockets = SockHash::<_, u64>::try_from(ebpf.map(map::SOCKETS).ok_or(LoadError::Missing(map::SOCKETS))?)
+        .map_err(|source| LoadError::Map { name: map::SOCKETS, source })?
+        .fd()
+        .try_clone()
+        .map_err(|error| pin_error(pins.path(), &error))?;
+    let injectors = SockMap::try_from(ebpf.map(map::INJECTORS).ok_or(LoadError::Missing(map::INJECTORS))?)
+        .map_err(|source| LoadError::Map { name: map::INJECTORS, source })?
+        .fd()
+        .try_clone()
+        .map_err(|error| pin_error(pins.path(), &error))?;
+    for (name, socket_map) in [("judge", &sockets), ("inject", &injectors)] {
+        let program: &mut SkSkb = program(&mut ebpf, name)?;
+        let failed = |source| LoadError::Program { name, source };
+        program.load().map_err(failed)?;
+        let link = program.attach(socket_map).map_err(failed)?;
+        // The map keeps the program: it must outlive this process, and does not detach when the link is dropped.
+        std::mem::forget(program.take_link(link).map_err(failed)?);
+        program.pin(pins.pin(&format!("prog_{name}"))).map_err(|error| pin_error(pins.path(), &error))?;
+    }
+    let tag_flow: &mut SockOps = program(&mut ebpf, "tag_flow")?;
+    tag_flow.load().map_err(|source| LoadError::Program { name: "tag_flow", source })?;
+    tag_flow.pin(pins.pin("prog_tag_flow")).map_err(|error| pin_error(pins.path(), &error))?;
+    Ok(ebpf)
+}
+
+/// The maps that are pinned.
+const MAPS: &[&str] = &[
+    map::CONFIG, map::DIGEST_KEY, map::ENDPOINTS, map::SOCKETS, map::FLOWS, map::VERDICTS, map::GRANTS, map::REPLIES,
+    map::COUNTERS, map::REASONS, map::PUNTS, map::INJECTORS, map::SCRATCH, map::GRANT_LABELS, map::SERVER_LABELS,
+];
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name)
+        .ok_or(LoadError::Missing(name))?
+        .try_into()
+        .map_err(|source| LoadError::Program { name, source })
+}
+
+fn pin_error(path: &Path, error: &dyn std::error::Error) -> LoadError {
+    LoadError::Pin { path: path.to_owned(), reason: chain(error) }
+}
+
+impl Loaded {
+    /// From now on, connections that protected endpoints in `cgroup` accept are guarded.
+    ///
+    /// # Errors
+    /// See [`LoadError`]; nothing stays attached then.
+    pub fn attach(&mut self, cgroup: &Path) -> Result<(), LoadError> {
+        let file = File::open(cgroup)
+            .map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
+        let pin = self.pins.pin(LINK_PIN);
+        let tag_flow: &mut SockOps = program(&mut self.ebpf, "tag_flow")?;
+        let failed = |source| LoadError::Program { name: "tag_flow", source };
+        let link = tag_flow.attach(file, CgroupAttachMode::AllowMultiple).map_err(failed)?;
+        let link = tag_flow.take_link(link).map_err(failed)?;
+        let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
+        link.pin(&pin).map_err(|error| pin_error(&pin, &error))?;
+        Ok(())
+    }
+
+    /// Moves the pins to their lasting place, which must not exist; from here on they outlive this value.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn commit(mut self, to: &PinDir) -> Result<(), LoadError> {
+        std::fs::rename(self.pins.path(), to.path()).map_err(|error| pin_error(to.path(), &error))?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        if !self.committed {
+            let _ = self.pins.remove();
+        }
+    }
+}

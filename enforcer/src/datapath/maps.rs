@@ -1,0 +1,249 @@
+//! The pinned maps, opened by name.
+
+use std::borrow::{Borrow, BorrowMut};
+
+use aya::Pod;
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
+use enforcer_common::abi::{
+    ABI_VERSION, Config, Counter, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, ReasonName, Reply,
+    ServerLabel, Verdict, map, text,
+};
+use enforcer_common::digest::DigestKey;
+
+use super::PinDir;
+
+/// Why the maps of a running enforcement can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LiveError {
+    /// Nothing is pinned.
+    #[error("no enforcement is loaded: {0} does not exist; start it with `enforcer run --policy FILE`")]
+    NotLoaded(String),
+    /// A map can't be opened or is of another layout.
+    #[error("cannot use map `{name}`: {source}; are you root?")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// Why.
+        source: MapError,
+    },
+    /// The maps belong to another version.
+    #[error("the loaded enforcement has ABI version {found}, this program {}; use the `enforcer` that loaded it", ABI_VERSION)]
+    Abi {
+        /// Version in the maps.
+        found: u32,
+    },
+}
+
+fn open<M: TryFrom<Map, Error = MapError>>(
+    pins: &PinDir,
+    name: &'static str,
+    wrap: impl FnOnce(MapData) -> Map,
+) -> Result<M, LiveError> {
+    let failed = |source| LiveError::Map { name, source };
+    M::try_from(wrap(MapData::from_pin(pins.pin(name)).map_err(failed)?)).map_err(failed)
+}
+
+/// What people and the CLI look at.
+pub struct Live {
+    /// Configuration.
+    pub config: Array<MapData, Config>,
+    /// Flows by cookie.
+    pub flows: HashMap<MapData, u64, Flow>,
+    /// Verdicts by head digest.
+    pub verdicts: HashMap<MapData, HeadDigest, Verdict>,
+    /// Grants by slot.
+    pub grants: Array<MapData, Grant>,
+    /// Labels of grants by slot.
+    pub grant_labels: Array<MapData, GrantLabel>,
+    /// Labels of servers by number.
+    pub server_labels: Array<MapData, ServerLabel>,
+    /// Endpoints.
+    pub endpoints: HashMap<MapData, EndpointKey, Endpoint>,
+    counters: PerCpuArray<MapData, u64>,
+    /// Refusal reasons that the daemon counted.
+    pub reasons: HashMap<MapData, ReasonName, u64>,
+}
+
+impl Live {
+    /// Opens the maps of a loaded enforcement.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn open(pins: &PinDir) -> Result<Self, LiveError> {
+        if !pins.exists() {
+            return Err(LiveError::NotLoaded(pins.path().display().to_string()));
+        }
+        let live = Self {
+            config: open(pins, map::CONFIG, Map::Array)?,
+            flows: open(pins, map::FLOWS, Map::HashMap)?,
+            verdicts: open(pins, map::VERDICTS, Map::LruHashMap)?,
+            grants: open(pins, map::GRANTS, Map::Array)?,
+            grant_labels: open(pins, map::GRANT_LABELS, Map::Array)?,
+            server_labels: open(pins, map::SERVER_LABELS, Map::Array)?,
+            endpoints: open(pins, map::ENDPOINTS, Map::HashMap)?,
+            counters: open(pins, map::COUNTERS, Map::PerCpuArray)?,
+            reasons: open(pins, map::REASONS, Map::HashMap)?,
+        };
+        let found = live.configuration()?.abi_version;
+        if found != ABI_VERSION && found != 0 {
+            return Err(LiveError::Abi { found });
+        }
+        Ok(live)
+    }
+
+    /// The configuration.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn configuration(&self) -> Result<Config, LiveError> {
+        get(&self.config, map::CONFIG, 0)
+    }
+
+    /// All kernel counters, summed over the CPUs.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn counters(&self) -> Result<Vec<(Counter, u64)>, LiveError> {
+        Counter::ALL
+            .iter()
+            .map(|&counter| {
+                let values = self
+                    .counters
+                    .get(&(counter as u32), 0)
+                    .map_err(|source| LiveError::Map { name: map::COUNTERS, source })?;
+                Ok((counter, values.iter().sum()))
+            })
+            .collect()
+    }
+}
+
+fn get<T: Borrow<MapData>, V: Pod>(array: &Array<T, V>, name: &'static str, index: u32) -> Result<V, LiveError> {
+    array.get(&index, 0).map_err(|source| LiveError::Map { name, source })
+}
+
+/// What the daemon writes.
+pub struct Maps {
+    /// What can be looked at.
+    pub live: Live,
+    digest_key: Array<MapData, DigestKey>,
+    replies: Array<MapData, Reply>,
+    injectors: SockMap<MapData>,
+}
+
+impl Maps {
+    /// Opens the maps for writing.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn open(pins: &PinDir) -> Result<Self, LiveError> {
+        Ok(Self {
+            live: Live::open(pins)?,
+            digest_key: open(pins, map::DIGEST_KEY, Map::Array)?,
+            replies: open(pins, map::REPLIES, Map::Array)?,
+            injectors: open(pins, map::INJECTORS, Map::SockMap)?,
+        })
+    }
+
+    /// The ring buffer. Only one reader may exist.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn punts(pins: &PinDir) -> Result<RingBuf<MapData>, LiveError> {
+        open(pins, map::PUNTS, Map::RingBuf)
+    }
+
+    /// Writes the configuration.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_config(&mut self, config: Config) -> Result<(), LiveError> {
+        set(&mut self.live.config, map::CONFIG, 0, config)
+    }
+
+    /// Writes the digest key.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_digest_key(&mut self, key: &DigestKey) -> Result<(), LiveError> {
+        set(&mut self.digest_key, map::DIGEST_KEY, 0, *key)
+    }
+
+    /// Protects an endpoint.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_endpoint(&mut self, key: EndpointKey, endpoint: Endpoint) -> Result<(), LiveError> {
+        let failed = |source| LiveError::Map { name: map::ENDPOINTS, source };
+        self.live.endpoints.insert(key, endpoint, 0).map_err(failed)
+    }
+
+    /// Writes a response template.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), LiveError> {
+        set(&mut self.replies, map::REPLIES, id, *reply)
+    }
+
+    /// Writes a verdict.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), LiveError> {
+        let failed = |source| LiveError::Map { name: map::VERDICTS, source };
+        self.live.verdicts.insert(digest, verdict, 0).map_err(failed)
+    }
+
+    /// Writes a grant.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_grant(&mut self, slot: u32, grant: &Grant) -> Result<(), LiveError> {
+        set(&mut self.live.grants, map::GRANTS, slot, *grant)
+    }
+
+    /// Writes a grant's label.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), LiveError> {
+        set(&mut self.live.grant_labels, map::GRANT_LABELS, slot, *label)
+    }
+
+    /// Writes a server's label.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_server_label(&mut self, id: u32, label: &ServerLabel) -> Result<(), LiveError> {
+        set(&mut self.live.server_labels, map::SERVER_LABELS, id, *label)
+    }
+
+    /// Adds to a refusal reason's count.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn add_reason(&mut self, reason: &str) -> Result<(), LiveError> {
+        let key: ReasonName = text(reason);
+        let count = self.live.reasons.get(&key, 0).unwrap_or(0);
+        let failed = |source| LiveError::Map { name: map::REASONS, source };
+        self.live.reasons.insert(key, count + 1, 0).map_err(failed)
+    }
+
+    /// Puts the kernel's end of a socket pair under the inject program.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_injector(&mut self, index: u32, socket: &impl std::os::fd::AsRawFd) -> Result<(), LiveError> {
+        let failed = |source| LiveError::Map { name: map::INJECTORS, source };
+        self.injectors.set(index, socket, 0).map_err(failed)
+    }
+}
+
+fn set<T: BorrowMut<MapData>, V: Pod>(
+    array: &mut Array<T, V>,
+    name: &'static str,
+    index: u32,
+    value: V,
+) -> Result<(), LiveError> {
+    array.set(index, value, 0).map_err(|source| LiveError::Map { name, source })
+}

@@ -1,0 +1,75 @@
+//! The edge to the kernel: loading and pinning the programs, reading and writing their maps, injecting bytes, and
+//! destroying sockets. Nothing here decides about a request.
+
+mod inject;
+mod load;
+mod maps;
+mod netns;
+mod offsets;
+
+pub use inject::{InjectError, Injectors};
+pub use load::{LoadError, Loaded, load};
+pub use maps::{Live, LiveError, Maps};
+pub use netns::SocketDestroyer;
+pub use offsets::{OffsetError, TcpOffsets};
+
+use std::path::{Path, PathBuf};
+
+/// The object with the kernel programs.
+pub static EBPF_OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/enforcer-ebpf"));
+
+/// Where the pins lie under a bpffs mount, unless told otherwise.
+pub const PIN_NAME: &str = "enforcer";
+
+/// Pin of the link that tags flows. While it exists, new connections are guarded.
+pub const LINK_PIN: &str = "link_tag_flow";
+
+/// A pin directory: maps by their names, programs as `prog_*`, the link as [`LINK_PIN`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PinDir(PathBuf);
+
+impl PinDir {
+    /// A directory on a bpffs.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Whether an enforcer's pins are there.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.0.join(enforcer_common::abi::map::CONFIG).exists()
+    }
+
+    /// The pin of a map, a program or a link.
+    #[must_use]
+    pub fn pin(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// The directory in which a new set of pins is made before it takes this one's place.
+    #[must_use]
+    pub fn staging(&self) -> Self {
+        let mut name = self.0.file_name().unwrap_or_default().to_owned();
+        name.push(".staging");
+        Self(self.0.with_file_name(name))
+    }
+
+    /// Removes all pins and the directory; what was not there is fine.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn remove(&self) -> std::io::Result<()> {
+        match std::fs::remove_dir_all(&self.0) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

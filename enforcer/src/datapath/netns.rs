@@ -1,0 +1,192 @@
+//! Destroying guarded sockets in whatever network namespace they live.
+//!
+//! `SOCK_DESTROY` (sock_diag(7)) acts in the namespace in which its netlink socket was made. A namespace is known by its
+//! cookie; it is found through the processes that live in it, once, and its netlink socket is kept.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::io::{Error, ErrorKind, Result};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use enforcer_common::abi::{EndpointKey, FAMILY_V4};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
+};
+
+const SOCK_DESTROY: u16 = 21;
+const NLM_F_REQUEST_ACK: u16 = 0x1 | 0x4;
+const NLMSG_ERROR: u16 = 2;
+/// Netlink sockets that are kept: namespaces with guarded servers.
+const MAX_NAMESPACES: usize = 256;
+
+/// Destroys TCP sockets by their addresses and cookies.
+#[derive(Default)]
+pub struct SocketDestroyer {
+    namespaces: HashMap<u64, OwnedFd>,
+}
+
+#[repr(C)]
+struct Request {
+    len: u32,
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    port: u32,
+    family: u8,
+    protocol: u8,
+    extensions: u8,
+    pad: u8,
+    states: u32,
+    source_port: [u8; 2],
+    destination_port: [u8; 2],
+    source: [u8; 16],
+    destination: [u8; 16],
+    interface: u32,
+    cookie: [u32; 2],
+}
+const _: () = assert!(size_of::<Request>() == 72);
+
+impl SocketDestroyer {
+    /// Destroys the socket with these ends and this cookie in the namespace with `netns_cookie`. Its peer sees a reset. A socket
+    /// that is gone is fine.
+    ///
+    /// # Errors
+    /// The namespace can't be found (nothing lives in it any more) or entered, or the kernel refuses.
+    pub fn destroy(&mut self, netns_cookie: u64, cookie: u64, local: EndpointKey, peer: EndpointKey) -> Result<()> {
+        let netlink = self.netlink(netns_cookie)?;
+        let v4 = local.family == FAMILY_V4;
+        let request = Request {
+            len: size_of::<Request>() as u32,
+            kind: SOCK_DESTROY,
+            flags: NLM_F_REQUEST_ACK,
+            sequence: 1,
+            port: 0,
+            family: if v4 { libc::AF_INET } else { libc::AF_INET6 } as u8,
+            protocol: libc::IPPROTO_TCP as u8,
+            extensions: 0,
+            pad: 0,
+            states: u32::MAX,
+            source_port: local.port.to_be_bytes(),
+            destination_port: peer.port.to_be_bytes(),
+            source: local.addr,
+            destination: peer.addr,
+            interface: 0,
+            cookie: [cookie as u32, (cookie >> 32) as u32],
+        };
+        // SAFETY: `repr(C)`, integers only; the size asserted above leaves no room for padding.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(std::ptr::from_ref(&request).cast::<u8>(), size_of::<Request>())
+        };
+        let result = (|| {
+            send(netlink, bytes, MsgFlags::empty())?;
+            let mut answer = [0_u8; 512];
+            let length = recv(netlink, &mut answer, MsgFlags::empty())?;
+            Ok::<_, nix::Error>(acknowledgement(&answer[..length]))
+        })();
+        match result {
+            Ok(0) => Ok(()),
+            Ok(code) if -code == libc::ENOENT => Ok(()),
+            Ok(code) => Err(Error::from_raw_os_error(-code)),
+            Err(error) => {
+                self.namespaces.remove(&netns_cookie);
+                Err(error.into())
+            }
+        }
+    }
+
+    fn netlink(&mut self, netns_cookie: u64) -> Result<i32> {
+        if let Some(socket) = self.namespaces.get(&netns_cookie) {
+            return Ok(socket.as_raw_fd());
+        }
+        let found = find(netns_cookie)?;
+        if self.namespaces.len() >= MAX_NAMESPACES {
+            self.namespaces.clear();
+        }
+        let fd = found.as_raw_fd();
+        self.namespaces.insert(netns_cookie, found);
+        Ok(fd)
+    }
+}
+
+/// The error code of an acknowledgement, 0 for success.
+fn acknowledgement(answer: &[u8]) -> i32 {
+    let kind = answer.get(4..6).map(|bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
+    match (kind, answer.get(16..20)) {
+        (Some(NLMSG_ERROR), Some(code)) => i32::from_ne_bytes([code[0], code[1], code[2], code[3]]),
+        _ => -libc::EPROTO,
+    }
+}
+
+/// A netlink socket in the namespace with this cookie. Entering a namespace changes the thread, so it is done in one of its own.
+fn find(netns_cookie: u64) -> Result<OwnedFd> {
+    if let Ok((socket, cookie)) = netlink_here()
+        && cookie == netns_cookie
+    {
+        return Ok(socket);
+    }
+    std::thread::spawn(move || {
+        let mut seen = BTreeSet::new();
+        for namespace in namespaces() {
+            let Ok(file) = File::open(namespace) else { continue };
+            let Ok(meta) = file.metadata() else { continue };
+            if !seen.insert(meta.ino()) || setns(&file, CloneFlags::CLONE_NEWNET).is_err() {
+                continue;
+            }
+            if let Ok((socket, cookie)) = netlink_here()
+                && cookie == netns_cookie
+            {
+                return Ok(socket);
+            }
+        }
+        Err(Error::new(ErrorKind::NotFound, "no process lives in the socket's network namespace"))
+    })
+    .join()
+    .unwrap_or_else(|_| Err(Error::other("the search for a network namespace panicked")))
+}
+
+/// Paths of network namespaces: of processes, and those that `ip netns` keeps by name.
+fn namespaces() -> impl Iterator<Item = std::path::PathBuf> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        name.to_str()?.parse::<u32>().ok()?;
+        Some(entry.path().join("ns/net"))
+    });
+    let named = std::fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
+    processes.chain(named)
+}
+
+/// A sock_diag socket in the thread's namespace, and that namespace's cookie.
+fn netlink_here() -> Result<(OwnedFd, u64)> {
+    let netlink =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
+    let timeout = nix::sys::time::TimeVal::new(1, 0);
+    setsockopt(&netlink, sockopt::ReceiveTimeout, &timeout)?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SO_NETNS_COOKIE is only answered by sockets of the internet families.
+    // SAFETY: a socket call without memory; the descriptor is owned from here on.
+    let probe = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if probe < 0 {
+        return Err(Error::last_os_error());
+    }
+    // SAFETY: just made, owned by nobody else.
+    let probe = unsafe { OwnedFd::from_raw_fd(probe) };
+    // SAFETY: value and length are valid for the call.
+    let result = unsafe {
+        libc::getsockopt(
+            probe.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(Error::last_os_error());
+    }
+    Ok((netlink, cookie))
+}
+
+const SO_NETNS_COOKIE: i32 = 71;

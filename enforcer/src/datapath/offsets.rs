@@ -1,0 +1,63 @@
+//! Offsets of kernel fields, from the kernel's own type information.
+
+use btf_rs::{Btf, Type};
+
+/// Where the running kernel describes its types.
+const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Offsets in `struct tcp_sock`, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TcpOffsets {
+    /// `write_seq`: the next byte that the server writes.
+    pub write_seq: u32,
+    /// `snd_una`: the oldest byte that the client has not acknowledged.
+    pub snd_una: u32,
+}
+
+/// Why the offsets are not known.
+#[derive(Debug, thiserror::Error)]
+pub enum OffsetError {
+    /// The kernel has no type information, or it can't be read.
+    #[error("cannot read the kernel's type information {VMLINUX_BTF}: {0}; a kernel with CONFIG_DEBUG_INFO_BTF is needed")]
+    Btf(String),
+    /// A field is missing.
+    #[error("the kernel's struct tcp_sock has no 32-bit field `{0}`; this kernel is not supported")]
+    NoField(&'static str),
+}
+
+impl TcpOffsets {
+    /// Of the running kernel.
+    ///
+    /// # Errors
+    /// See [`OffsetError`].
+    pub fn of_running_kernel() -> Result<Self, OffsetError> {
+        let btf = Btf::from_file(VMLINUX_BTF).map_err(|error| OffsetError::Btf(error.to_string()))?;
+        let types =
+            btf.resolve_types_by_name("tcp_sock").map_err(|error| OffsetError::Btf(error.to_string()))?;
+        let tcp_sock = types.into_iter().find(|kind| matches!(kind, Type::Struct(_)));
+        let Some(Type::Struct(tcp_sock)) = tcp_sock else {
+            return Err(OffsetError::Btf("it has no struct tcp_sock".into()));
+        };
+        let offset = |name: &'static str| {
+            tcp_sock
+                .members
+                .iter()
+                .find(|member| btf.resolve_name(*member).is_ok_and(|found| found == name))
+                .filter(|member| member.bit_offset() % 32 == 0)
+                .map(|member| member.bit_offset() / 8)
+                .ok_or(OffsetError::NoField(name))
+        };
+        Ok(Self { write_seq: offset("write_seq")?, snd_una: offset("snd_una")? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_kernel_has_the_fields() {
+        let offsets = TcpOffsets::of_running_kernel().unwrap();
+        assert!(offsets.write_seq > 0 && offsets.snd_una > 0 && offsets.write_seq != offsets.snd_una);
+    }
+}
