@@ -144,7 +144,7 @@ fn describe_issuer(out: &mut Text, issuer: &Issuer) {
             format!("  signature: {}; no other algorithm", names.join(", ")),
             format!("  keys: {}", key_source(issuer)),
             format!(
-                "  keys are refreshed every {}; not refreshed for {}: no token of this issuer is accepted",
+                "  keys are refreshed after {}; not refreshed for {}: no token of this issuer is accepted",
                 duration::format(issuer.refresh_interval),
                 duration::format(issuer.max_staleness)
             ),

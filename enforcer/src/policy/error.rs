@@ -80,6 +80,8 @@ pub enum Defect {
     NotUtf8,
     #[error("not well-formed YAML for a policy: {message}")]
     Yaml { message: String },
+    #[error("an anchor (`&`), an alias (`*`) or a merge key (`<<`) stands here")]
+    YamlIndirection,
 
     // Shape.
     #[error("expected {expected}, found {found}")]
@@ -227,10 +229,13 @@ impl Defect {
             }
             Self::NotUtf8 => "save the file as UTF-8",
             Self::Yaml { .. } => {
-                "check indentation and quotes here; quote IPv6 endpoints (\"[::]:8080\"); anchors, aliases and merge keys are not used in policies"
+                "check indentation and quotes here; IPv6 endpoints need quotes: \"[::]:8080\""
             }
-            Self::WrongType { expected: LISTEN, .. } => "quote it: \"[::]:8080\"",
-            Self::WrongType { expected: DURATION, .. } => "write a whole number and a unit: 30s, 5m, 24h, 7d",
+            Self::YamlIndirection => "write the value out: a policy reads the same from top to bottom",
+            Self::WrongType { expected: LISTEN, found: "a list" | "a mapping" } => "quote it: \"[::]:8080\"",
+            Self::Duration { .. } | Self::WrongType { expected: DURATION, .. } => {
+                "write a whole number and a unit: 30s, 5m, 24h, 7d"
+            }
             Self::WrongType { expected: TEXT, found: "a number" | "a boolean" } => "put it in quotes",
             Self::WrongType { expected: BOOLEAN, .. } => "write true or false",
             Self::UnknownField { nearest, allowed, .. } => {
@@ -242,7 +247,6 @@ impl Defect {
             Self::DuplicateField { .. } | Self::DuplicateValue { .. } => "keep one of them",
             Self::MissingField { field } => return missing_hint(field).map(str::to_owned),
             Self::Version { .. } => "write `version: 1`",
-            Self::Duration { .. } => "write a whole number and a unit: 30s, 5m, 24h, 7d",
             Self::DuplicateIssuerName { .. } => "give each issuer a name of its own",
             Self::DuplicateServerName { .. } => "give each server a name of its own",
             Self::DuplicateIssuerIdentifier { .. } => {
@@ -268,7 +272,9 @@ impl Defect {
             Self::StalenessBelowRefresh { .. } => "raise `max_staleness` or lower `refresh_interval`",
             Self::NoServers => "list at least one server",
             Self::UnknownIssuer { known, .. } => return Some(format!("known issuers: {}", listed(known))),
-            Self::Listen { .. } => "write 127.0.0.1:8080, 0.0.0.0:8080 or \"[::]:8080\"",
+            Self::Listen { .. } | Self::WrongType { expected: LISTEN, .. } => {
+                "write 127.0.0.1:8080, 0.0.0.0:8080 or \"[::]:8080\""
+            }
             Self::PortZero => "write the port that the server listens on",
             Self::NotListenable { .. } => "name an address of this host, or 0.0.0.0 or [::] for all",
             Self::ScopeId => "listen on \"[::]\", or on an address that is not link-local",

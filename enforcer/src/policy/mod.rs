@@ -36,7 +36,7 @@ pub use sharing::METADATA_PREFIX;
 pub use types::*;
 
 use fields::{Field, Mapping, Report};
-use node::At;
+use node::{At, Value};
 use server::Placed;
 
 /// Largest accepted policy file, in bytes.
@@ -119,15 +119,13 @@ fn compile_root(
     directory: &Path,
     file_exists: &dyn Fn(&Path) -> bool,
 ) -> Option<Policy> {
-    let map = root.mapping(report, &["version", "mode", "issuers", "servers"])?;
-    let version = compile_version(report, &map);
-    if let Some(found) = version.filter(|v| *v != 1) {
-        // The fields of another version mean other things: no more can be said about them.
-        if let Some(field) = map.optional("version") {
-            field.error(report, Defect::Version { found });
-        }
+    // The fields of another version mean other things: no more can be said about them.
+    if let Some((at, found)) = other_version(root) {
+        report.error(at, "version", Defect::Version { found });
         return None;
     }
+    let map = root.mapping(report, &["version", "mode", "issuers", "servers"])?;
+    let version = map.required(report, "version").and_then(|field| field.integer(report));
     let mode = compile_mode(report, &map);
     let issuers = compile_issuers(report, &map, directory, file_exists);
     let servers = compile_servers(report, &map, &issuers);
@@ -135,8 +133,15 @@ fn compile_root(
     Some(Policy { mode: mode?, issuers: issuers.in_order?, servers: servers? })
 }
 
-fn compile_version(report: &mut Report, map: &Mapping<'_>) -> Option<u64> {
-    map.required(report, "version")?.integer(report)
+/// The `version` if it is a number other than 1.
+fn other_version(root: &Field<'_>) -> Option<(At, u64)> {
+    let Value::Map(entries) = &root.node.value else { return None };
+    entries.iter().find_map(|(key, value)| match (&key.value, &value.value) {
+        (Value::Text(name), Value::Integer(found)) if name == "version" && *found != 1 => {
+            Some((value.at, *found))
+        }
+        _ => None,
+    })
 }
 
 fn compile_mode(report: &mut Report, map: &Mapping<'_>) -> Option<Mode> {

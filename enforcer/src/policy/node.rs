@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::options::{DuplicateKeyPolicy, MergeKeyPolicy, NonFiniteFloatPolicy};
-use serde_saphyr::{DefaultMessageFormatter, MessageFormatter, Spanned};
+use serde_saphyr::{DefaultMessageFormatter, Error, MessageFormatter, Spanned};
 
 use super::error::Defect;
 
@@ -181,9 +181,18 @@ pub(super) fn parse(text: &str) -> Result<Node, (At, Defect)> {
     };
     serde_saphyr::from_str_with_options(text, options).map_err(|error| {
         let at = error.location().map_or(At::START, At::of);
-        let message = DefaultMessageFormatter.format_message(&error).trim().to_owned();
-        (at, Defect::Yaml { message })
+        (at, defect(&error))
     })
+}
+
+fn defect(error: &Error) -> Defect {
+    use serde_saphyr::budget::BudgetBreach::{Aliases, Anchors};
+    match error {
+        Error::MergeKeyNotAllowed { .. }
+        | Error::UnknownAnchor { .. }
+        | Error::Budget { breach: Aliases { .. } | Anchors { .. }, .. } => Defect::YamlIndirection,
+        _ => Defect::Yaml { message: DefaultMessageFormatter.format_message(error).trim().to_owned() },
+    }
 }
 
 #[cfg(test)]
@@ -207,18 +216,21 @@ mod tests {
     }
 
     #[test]
-    fn indirection_and_bad_syntax_are_refused_with_their_place() {
-        for (text, line) in [
-            ("a: &x 1\nb: 2\n", 1),
-            ("b: 2\na: *x\n", 2),
-            ("b: 2\n<<: {a: 1}\n", 2),
-            ("a: 1\n b: [\n", 2),
-            ("a: 1\n---\nb: 2\n", 2),
-            ("a: !secret 1\n", 1),
-        ] {
+    fn bad_syntax_is_refused_with_its_place() {
+        for (text, line) in [("a: 1\n b: [\n", 2), ("a: 1\n---\nb: 2\n", 2), ("a: !secret 1\n", 1)] {
             let (at, defect) = parse(text).expect_err(text);
             assert!(at.line.abs_diff(line) <= 1, "{text:?}: {at:?} {defect}");
             assert!(matches!(defect, Defect::Yaml { .. }));
+        }
+    }
+
+    #[test]
+    fn indirection_is_refused_with_its_place() {
+        for text in
+            ["b: 2\na: &x 1\n", "b: 2\na: *x\n", "b: 2\n<<: {a: 1}\n", "a: 1\n&x b: 2\n", "a:\n  - &x {}\n"]
+        {
+            let (at, defect) = parse(text).expect_err(text);
+            assert_eq!((at.line, defect), (2, Defect::YamlIndirection), "{text:?}");
         }
     }
 
