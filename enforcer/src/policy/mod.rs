@@ -1,3 +1,239 @@
 //! The policy: what is protected, by whose tokens, for which resource.
+//!
+//! [`load`] and [`parse`] turn a YAML file, version 1, into a [`Policy`] in which every value has been checked, or into
+//! every defect of the file at once, each with its line, column and field. `docs/policy.md` is the file's reference.
+//! [`effective`] says in plain words what a policy makes the enforcer check.
+
+mod conflicts;
+mod duration;
+mod effective;
+mod effective_json;
+mod error;
+mod fields;
+mod hosts;
+mod issuer;
+mod node;
+mod path;
+mod resource;
+mod server;
+mod sharing;
+#[cfg(test)]
+mod tests;
 mod types;
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+pub use effective::effective;
+pub use effective_json::effective_json;
+pub use error::{Caution, Defect, Overlap, PolicyError, PolicyErrors, Warning};
+pub use path::{MAX_PATH_BYTES, PathError, check_path, path_contains};
+pub use resource::{MAX_RESOURCE_BYTES, ResourceError, canonical_resource};
+pub use sharing::METADATA_PREFIX;
 pub use types::*;
+
+use fields::{Field, Mapping, Report};
+use node::{At, Value};
+use server::Placed;
+
+/// Largest accepted policy file, in bytes.
+pub const MAX_FILE_BYTES: usize = 1 << 20;
+/// Most servers in one policy.
+pub const MAX_SERVERS: usize = 1024;
+/// Most issuers in one policy.
+pub const MAX_ISSUERS: usize = 256;
+/// Most defects that are listed one by one; the rest is counted.
+pub const MAX_REPORTED_ERRORS: usize = 200;
+
+/// Reads and compiles the policy file at `path`.
+///
+/// # Errors
+/// Everything that [`parse`] finds, and a file that can't be read, is not a regular one, is larger than
+/// [`MAX_FILE_BYTES`] or is not UTF-8.
+pub fn load(path: &Path) -> Result<(Policy, Vec<Warning>), PolicyErrors> {
+    let name = path.display().to_string();
+    let text = read(path).map_err(|(at, defect)| Report::new(&name).fail(at, "", defect))?;
+    compile(&name, &text, Path::exists)
+}
+
+/// Compiles the text of a policy file; `file_name` is what messages call it, and its directory is where the file's
+/// relative paths begin. Reads nothing else.
+///
+/// # Errors
+/// Every defect found, in file order.
+pub fn parse(file_name: &str, text: &str) -> Result<(Policy, Vec<Warning>), PolicyErrors> {
+    compile(file_name, text, |_| true)
+}
+
+fn read(path: &Path) -> Result<String, (At, Defect)> {
+    let unreadable = |e: std::io::Error| (At::START, Defect::Unreadable { reason: e.to_string() });
+    // Asked before opening, because opening a pipe would wait for its writer.
+    if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err((At::START, Defect::NotRegularFile));
+    }
+    let mut bytes = Vec::new();
+    let limit = MAX_FILE_BYTES as u64 + 1;
+    File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)).map_err(unreadable)?;
+    if bytes.len() > MAX_FILE_BYTES {
+        return Err((At::START, Defect::FileTooLarge { limit: MAX_FILE_BYTES }));
+    }
+    String::from_utf8(bytes).map_err(|e| {
+        let good = e.as_bytes().get(..e.utf8_error().valid_up_to()).unwrap_or_default();
+        let before = String::from_utf8_lossy(good);
+        let line = before.matches('\n').count() as u64 + 1;
+        let column = before.chars().rev().take_while(|c| *c != '\n').count() as u64 + 1;
+        (At { line, column }, Defect::NotUtf8)
+    })
+}
+
+fn compile(
+    file_name: &str,
+    text: &str,
+    file_exists: impl Fn(&Path) -> bool,
+) -> Result<(Policy, Vec<Warning>), PolicyErrors> {
+    let mut report = Report::new(file_name);
+    if text.len() > MAX_FILE_BYTES {
+        return Err(report.fail(At::START, "", Defect::FileTooLarge { limit: MAX_FILE_BYTES }));
+    }
+    let root = match node::parse(text) {
+        Ok(root) => root,
+        Err((at, defect)) => return Err(report.fail(at, "", defect)),
+    };
+    let root = Field { node: &root, path: String::new() };
+    let directory = Path::new(file_name).parent().unwrap_or_else(|| Path::new(""));
+    let policy = compile_root(&mut report, &root, directory, &file_exists);
+    let warnings = report.finish()?;
+    // No defect was recorded, so nothing is missing; if a reader forgot to record one, the policy is still refused.
+    policy.map(|policy| (policy, warnings)).ok_or_else(|| {
+        let message = "the policy could not be compiled".to_owned();
+        Report::new(file_name).fail(At::START, "", Defect::Yaml { message })
+    })
+}
+
+fn compile_root(
+    report: &mut Report,
+    root: &Field<'_>,
+    directory: &Path,
+    file_exists: &dyn Fn(&Path) -> bool,
+) -> Option<Policy> {
+    // The fields of another version mean other things: no more can be said about them.
+    if let Some((at, found)) = other_version(root) {
+        report.error(at, "version", Defect::Version { found });
+        return None;
+    }
+    let map = root.mapping(report, &["version", "mode", "issuers", "servers"])?;
+    let version = map.required(report, "version").and_then(|field| field.integer(report));
+    let mode = compile_mode(report, &map);
+    let issuers = compile_issuers(report, &map, directory, file_exists);
+    let servers = compile_servers(report, &map, &issuers);
+    version?;
+    Some(Policy { mode: mode?, issuers: issuers.in_order?, servers: servers? })
+}
+
+/// The `version` if it is a number other than 1.
+fn other_version(root: &Field<'_>) -> Option<(At, u64)> {
+    let Value::Map(entries) = &root.node.value else { return None };
+    entries.iter().find_map(|(key, value)| match (&key.value, &value.value) {
+        (Value::Text(name), Value::Integer(found)) if name == "version" && *found != 1 => {
+            Some((value.at, *found))
+        }
+        _ => None,
+    })
+}
+
+fn compile_mode(report: &mut Report, map: &Mapping<'_>) -> Option<Mode> {
+    let Some(field) = map.optional("mode") else { return Some(Mode::Enforce) };
+    match field.text(report, 64)? {
+        "enforce" => Some(Mode::Enforce),
+        "observe" => {
+            report.warn(field.at(), field.path, Caution::Observe);
+            Some(Mode::Observe)
+        }
+        other => {
+            field.error(report, Defect::Mode { found: other.to_owned() });
+            None
+        }
+    }
+}
+
+/// The issuers of a file, also the bad ones: a server that names one of those is not to blame.
+struct Issuers {
+    /// `None` behind a name whose issuer has defects.
+    by_name: HashMap<String, Option<Arc<Issuer>>>,
+    /// `None` if the list or any issuer has defects.
+    in_order: Option<Vec<Arc<Issuer>>>,
+    /// An issuer's name could not be read, so a name that looks unknown may be its.
+    nameless: bool,
+    /// The names, in file order.
+    names: Vec<Placed<String>>,
+}
+
+fn compile_issuers(
+    report: &mut Report,
+    map: &Mapping<'_>,
+    directory: &Path,
+    file_exists: &dyn Fn(&Path) -> bool,
+) -> Issuers {
+    let mut issuers = Issuers { by_name: HashMap::new(), in_order: None, nameless: false, names: Vec::new() };
+    let Some(field) = map.required(report, "issuers") else {
+        issuers.nameless = true;
+        return issuers;
+    };
+    let Some(entries) = field.list(report, MAX_ISSUERS) else {
+        issuers.nameless = true;
+        return issuers;
+    };
+    if entries.is_empty() {
+        field.error(report, Defect::EmptyList);
+    }
+    let mut identifiers: HashMap<String, u64> = HashMap::new();
+    let mut in_order = Some(Vec::new());
+    for entry in entries {
+        let draft = issuer::compile(report, &entry, directory, file_exists);
+        if let Some((identifier, at)) = draft.identifier {
+            if let Some(&first_line) = identifiers.get(&identifier) {
+                let path = format!("{}.issuer", entry.path);
+                report.error(at, path, Defect::DuplicateIssuerIdentifier { issuer: identifier, first_line });
+            } else {
+                identifiers.insert(identifier, at.line);
+            }
+        }
+        let built = draft.issuer.map(Arc::new);
+        match draft.name {
+            Some(name) => {
+                if let Some(first) = issuers.names.iter().find(|n| n.value == name.value) {
+                    let defect = Defect::DuplicateIssuerName { first_line: first.at.line, name: name.value };
+                    report.error(name.at, name.field, defect);
+                } else {
+                    issuers.by_name.insert(name.value.clone(), built.clone());
+                    issuers.names.push(name);
+                }
+            }
+            None => issuers.nameless = true,
+        }
+        match (built, &mut in_order) {
+            (Some(issuer), Some(list)) => list.push(issuer),
+            _ => in_order = None,
+        }
+    }
+    issuers.in_order = in_order;
+    issuers
+}
+
+fn compile_servers(report: &mut Report, map: &Mapping<'_>, issuers: &Issuers) -> Option<Vec<Arc<Server>>> {
+    let field = map.required(report, "servers")?;
+    let entries = field.list(report, MAX_SERVERS)?;
+    if entries.is_empty() {
+        field.error(report, Defect::NoServers);
+    }
+    let drafts: Vec<_> = entries.iter().map(|entry| server::compile(report, entry, issuers)).collect();
+    conflicts::check(report, &drafts);
+    let used: HashSet<&String> = drafts.iter().flat_map(|draft| &draft.issuer_names).collect();
+    for name in issuers.names.iter().filter(|name| !used.contains(&name.value)) {
+        report.warn(name.at, name.field.clone(), Caution::UnusedIssuer);
+    }
+    drafts.into_iter().map(|draft| draft.server.map(Arc::new)).collect()
+}

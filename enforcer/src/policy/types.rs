@@ -103,11 +103,12 @@ pub struct Server {
     pub name: String,
     /// Where it accepts connections; never empty.
     pub listen: Vec<Listen>,
-    /// Canonical resource URI: the audience that a token must hold (RFC 8707).
+    /// Canonical resource URI ([`super::canonical_resource`]): the audience that a token must hold (RFC 8707).
     pub resource: String,
     /// Further audiences accepted as this server's, byte for byte after canonicalization.
     pub aliases: Vec<String>,
-    /// The MCP endpoint's path, e.g. `/mcp`. A request's path equals it, or starts with it and a `/`.
+    /// The MCP endpoint's path, e.g. `/mcp`. A request's path equals it, or starts with it and a `/`; `/` is every
+    /// path ([`super::path_contains`]). No slash at the end of any other.
     pub path: String,
     /// Paths that need no token; compared byte for byte, query not allowed.
     pub public_paths: Vec<String>,

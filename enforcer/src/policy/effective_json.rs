@@ -1,0 +1,67 @@
+//! The effective policy for programs.
+
+use serde_json::{Value, json};
+
+use super::sharing::METADATA_PREFIX;
+use super::{Issuer, KeySource, Mode, Policy, Server};
+
+/// What [`super::effective`] says, for programs: defaults filled in, durations in seconds, servers by id.
+pub fn effective_json(policy: &Policy) -> Value {
+    json!({
+        "version": 1,
+        "mode": match policy.mode {
+            Mode::Enforce => "enforce",
+            Mode::Observe => "observe",
+        },
+        "issuers": policy.issuers.iter().map(|i| issuer(i)).collect::<Vec<_>>(),
+        "servers": policy.servers.iter().enumerate().map(|(id, s)| server(policy, id, s)).collect::<Vec<_>>(),
+    })
+}
+
+fn issuer(issuer: &Issuer) -> Value {
+    json!({
+        "name": issuer.name,
+        "issuer": issuer.issuer,
+        "keys": match &issuer.keys {
+            KeySource::File(path) => json!({ "file": path.display().to_string() }),
+            KeySource::Url(url) => json!({ "url": url.as_str() }),
+            KeySource::Discovery => json!({ "discovery": true }),
+        },
+        "ca_file": issuer.ca_file.as_ref().map(|p| p.display().to_string()),
+        "allow_http_loopback": issuer.allow_http_loopback,
+        "algorithms": issuer.algorithms.iter().map(|a| a.name()).collect::<Vec<_>>(),
+        "leeway_seconds": issuer.leeway.as_secs(),
+        "max_token_lifetime_seconds": issuer.max_token_lifetime.as_secs(),
+        "token_types": issuer.token_types,
+        "refresh_interval_seconds": issuer.refresh_interval.as_secs(),
+        "max_staleness_seconds": issuer.max_staleness.as_secs(),
+    })
+}
+
+fn server(policy: &Policy, id: usize, server: &Server) -> Value {
+    let path = server.metadata_path();
+    let mut paths = vec![path];
+    if policy.root_metadata(server) && !paths.iter().any(|p| p == METADATA_PREFIX) {
+        paths.push(METADATA_PREFIX.to_owned());
+    }
+    json!({
+        "id": id,
+        "name": server.name,
+        "listen": server.listen.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "shares_endpoint_with": policy.sharing(server).iter().map(|s| &s.name).collect::<Vec<_>>(),
+        "resource": server.resource,
+        "aliases": server.aliases,
+        "path": server.path,
+        "public_paths": server.public_paths,
+        "issuers": server.issuers.iter().map(|i| &i.name).collect::<Vec<_>>(),
+        "scopes": server.scopes,
+        "metadata": {
+            "serve": server.metadata.serve,
+            "paths": paths,
+            "resource_name": server.metadata.resource_name,
+            "scopes_supported": server.metadata.scopes_supported,
+        },
+        "hosts": server.hosts,
+        "origins": server.origins,
+    })
+}
