@@ -1,1 +1,9 @@
 //! The decision about one request: a pure function of its head, the policy, the keys and the time.
+
+mod decide;
+#[cfg(test)]
+mod tests;
+mod verifier;
+
+pub use decide::{CacheFor, Decision, KeyLookup, Options, decide};
+pub use verifier::{TokenFault, TokenVerifier};

@@ -1,0 +1,378 @@
+//! From a request head to what happens to the request.
+
+use super::{TokenFault, TokenVerifier};
+use crate::http::answer::{self, Answer, Draft};
+use crate::http::head::{self, Connection, Credentials, Framing, Head, Origin};
+use crate::http::metadata;
+use crate::policy::Server;
+
+/// Seconds after which a client may try again when keys are unavailable.
+const KEYS_RETRY_AFTER_SECONDS: u32 = 5;
+
+/// What a token signed with an unknown key leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyLookup {
+    /// [`Decision::NeedKey`]: the caller may refresh the issuer's keys once and decide again.
+    MayRefresh,
+    /// A 401: the refresh has been made, or is not allowed now.
+    Final,
+}
+
+/// Bounds and circumstances of a decision.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Longest head in bytes, with its last CRLFCRLF.
+    pub max_head_bytes: usize,
+    /// What a token signed with an unknown key leads to.
+    pub key_lookup: KeyLookup,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { max_head_bytes: head::DEFAULT_MAX_HEAD_BYTES, key_lookup: KeyLookup::MayRefresh }
+    }
+}
+
+/// How long the same head may get the same answer without being judged again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheFor {
+    /// Not at all.
+    Never,
+    /// Some seconds: time or new keys may change the answer.
+    Short,
+    /// As long as the policy stands: the answer depends on nothing but head and policy.
+    UntilPolicyChange,
+}
+
+/// What happens to a request.
+#[derive(Clone, PartialEq, Eq)]
+#[must_use]
+pub enum Decision<'h, V> {
+    /// It goes to the server.
+    Allow {
+        /// Position among the endpoint's servers.
+        server_index: usize,
+        /// What the token says.
+        verified: V,
+        /// The token itself, for its fingerprint. Never log it.
+        token: &'h str,
+        /// How long the body is.
+        framing: Framing,
+        /// The kernel may let the same head through while the grant lives.
+        cacheable: bool,
+        /// The connection stays open after the request.
+        keep_alive: bool,
+    },
+    /// It goes to the server without a token: a public path, or the server's own metadata. It has no body.
+    Public {
+        /// Position among the endpoint's servers.
+        server_index: usize,
+        /// Always empty ([`Framing::is_empty`]).
+        framing: Framing,
+        /// The kernel may let the same head through until the policy changes.
+        cacheable: bool,
+        /// The connection stays open after the request.
+        keep_alive: bool,
+    },
+    /// The enforcer answers, and the server sees none of the request.
+    Answer {
+        /// Position among the endpoint's servers, where the path names one.
+        server_index: Option<usize>,
+        /// The answer.
+        answer: Answer,
+        /// How much body to discard before the next head; `None` where that is unknown. When the answer closes
+        /// the connection, everything that follows is discarded.
+        framing: Option<Framing>,
+        /// How long the same head may get the same answer from the kernel.
+        cache: CacheFor,
+    },
+    /// The token names a key that is not at hand.
+    NeedKey {
+        /// Position among the endpoint's servers.
+        server_index: usize,
+        /// Issuer identifier.
+        issuer: String,
+        /// The key's id, chosen by the client.
+        kid: String,
+    },
+}
+
+/// Leaves the token out.
+impl<V: std::fmt::Debug> std::fmt::Debug for Decision<'_, V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Allow { server_index, framing, cacheable, keep_alive, .. } => f
+                .debug_struct("Allow")
+                .field("server_index", server_index)
+                .field("framing", framing)
+                .field("cacheable", cacheable)
+                .field("keep_alive", keep_alive)
+                .finish_non_exhaustive(),
+            Self::Public { server_index, cacheable, .. } => f
+                .debug_struct("Public")
+                .field("server_index", server_index)
+                .field("cacheable", cacheable)
+                .finish_non_exhaustive(),
+            Self::Answer { server_index, answer, framing, cache } => f
+                .debug_struct("Answer")
+                .field("server_index", server_index)
+                .field("status", &answer.status)
+                .field("reason", &answer.reason)
+                .field("close", &answer.close)
+                .field("framing", framing)
+                .field("cache", cache)
+                .finish(),
+            Self::NeedKey { issuer, kid, .. } => {
+                f.debug_struct("NeedKey").field("issuer", issuer).field("kid", kid).finish_non_exhaustive()
+            }
+        }
+    }
+}
+
+/// What a path stands for.
+enum Route<'a> {
+    Mcp(usize, &'a Server),
+    Public(usize, &'a Server),
+    Metadata(usize, &'a Server),
+    Nothing,
+}
+
+/// Decides about one request. `endpoint_servers` are the servers that share the endpoint it arrived at.
+///
+/// The checks, in order; the first that fails makes the answer, and nothing but passing all of them is an allow:
+///
+/// 1. the head has exactly one reading ([`head::parse_head`]): else 400, 413, 417, 431, 501 or 505, and close;
+/// 2. the path is a server's, by the longest match, or public, or a metadata URL: else 404. Metadata is answered
+///    here, before Host and Origin: it is for everyone, and does not depend on them;
+/// 3. a query stands only behind an MCP path: else 404;
+/// 4. Host is on the server's list: else 403;
+/// 5. Origin is absent or on the list, once: else 403. An answer to a listed origin is readable by its page;
+/// 6. the method is POST, GET or DELETE (GET and HEAD for a public path): else 405. A CORS preflight (OPTIONS, a
+///    listed Origin, Access-Control-Request-Method) is answered here and never reaches the server;
+/// 7. only POST has a body: else 400, and close. A server that does not expect a body there would read it as the
+///    next request, which nobody judged. Public paths end here;
+/// 8. there is exactly one well-formed bearer: else 401 without an error, or 400;
+/// 9. the token is good for this server: else 401; a key that is not at hand first leads to
+///    [`Decision::NeedKey`]; an issuer without usable keys to 503, since 401 would make the client drop a token
+///    that may be good;
+/// 10. the token grants every scope that the server needs: else 403.
+pub fn decide<'h, T: TokenVerifier>(
+    head_bytes: &'h [u8],
+    endpoint_servers: &[&Server],
+    verifier: &T,
+    options: &Options,
+) -> Decision<'h, T::Verified> {
+    let head = match head::parse_head(head_bytes, options.max_head_bytes) {
+        Ok(head) => head,
+        Err(error) => {
+            return Decision::Answer {
+                server_index: None,
+                answer: answer::broken_head(&error).finish(""),
+                framing: None,
+                cache: CacheFor::Never,
+            };
+        }
+    };
+    let request = Request { head: &head };
+    let route = route(head.path(), endpoint_servers);
+    let (index, server, public) = match route {
+        Route::Mcp(index, server) => (index, server, false),
+        _ if head.query().is_some() => {
+            return request.refuse(None, answer::not_found(), CacheFor::UntilPolicyChange);
+        }
+        Route::Public(index, server) => (index, server, true),
+        Route::Metadata(index, server) if server.metadata.serve => return request.metadata(index, server),
+        Route::Metadata(index, server) => return request.server_metadata(index, server),
+        Route::Nothing => return request.refuse(None, answer::not_found(), CacheFor::UntilPolicyChange),
+    };
+    let origin = match request.sender(server) {
+        Ok(origin) => origin,
+        Err(reason) => {
+            return request.refuse(Some(index), answer::forbidden(reason), CacheFor::UntilPolicyChange);
+        }
+    };
+    let refuse = |draft: Draft, cache| {
+        let draft = match origin {
+            Some(origin) => draft.readable_by(origin),
+            None => draft,
+        };
+        request.refuse(Some(index), draft, cache)
+    };
+    if let (false, "OPTIONS", Some(origin)) = (public, head.method(), origin)
+        && head.header("access-control-request-method").is_some()
+    {
+        return request.refuse(Some(index), answer::preflight(origin), CacheFor::Never);
+    }
+    let (methods, allow): (&[&str], _) = if public {
+        (&["GET", "HEAD"], answer::PUBLIC_METHODS)
+    } else {
+        (&["POST", "GET", "DELETE"], answer::MCP_METHODS)
+    };
+    if !methods.contains(&head.method()) {
+        return refuse(answer::method_not_allowed(allow), CacheFor::UntilPolicyChange);
+    }
+    if head.method() != "POST" && !head.framing().is_empty() {
+        return refuse(answer::unexpected_body(), CacheFor::Never);
+    }
+    if public {
+        return request.public(index);
+    }
+    let token = match head.credentials() {
+        Credentials::Bearer(token) => token,
+        Credentials::None => {
+            return refuse(answer::no_credentials(server, "no-credentials"), CacheFor::UntilPolicyChange);
+        }
+        Credentials::OtherScheme => {
+            return refuse(answer::no_credentials(server, "other-scheme"), CacheFor::UntilPolicyChange);
+        }
+        Credentials::Malformed(fault) => {
+            return refuse(answer::invalid_request(server, fault), CacheFor::UntilPolicyChange);
+        }
+    };
+    let verified = match (verifier.verify(token, server), options.key_lookup) {
+        (Ok(verified), _) => verified,
+        (Err(TokenFault::Invalid { reason }), _) => {
+            return refuse(answer::invalid_token(server, reason), CacheFor::Short);
+        }
+        (Err(TokenFault::UnknownKey { issuer, kid }), KeyLookup::MayRefresh) => {
+            return Decision::NeedKey { server_index: index, issuer, kid };
+        }
+        (Err(TokenFault::UnknownKey { .. }), KeyLookup::Final) => {
+            return refuse(answer::invalid_token(server, "unknown-key"), CacheFor::Short);
+        }
+        (Err(TokenFault::KeysUnavailable { .. }), _) => {
+            return refuse(
+                answer::unavailable("keys-unavailable", KEYS_RETRY_AFTER_SECONDS),
+                CacheFor::Never,
+            );
+        }
+    };
+    if !verifier.missing_scopes(&verified, &server.scopes).is_empty() {
+        return refuse(answer::insufficient_scope(server, &server.scopes), CacheFor::Short);
+    }
+    Decision::Allow {
+        server_index: index,
+        verified,
+        token,
+        framing: head.framing(),
+        cacheable: request.is_recognisable(),
+        keep_alive: request.keeps_alive(),
+    }
+}
+
+/// What the path stands for. A public path wins over an MCP path that merely covers it, if both are the same
+/// server's; a path that *is* an MCP path is never public.
+fn route<'a>(path: &str, servers: &[&'a Server]) -> Route<'a> {
+    if let Some(index) = metadata::find(path, servers)
+        && let Some(server) = servers.get(index)
+    {
+        return Route::Metadata(index, server);
+    }
+    let covering = servers
+        .iter()
+        .enumerate()
+        .filter(|(_, server)| covers(&server.path, path))
+        .max_by_key(|(_, server)| server.path.len());
+    let is_public = |server: &Server| server.public_paths.iter().any(|public| public == path);
+    match covering {
+        Some((index, server)) if server.path != path && is_public(server) => Route::Public(index, server),
+        Some((index, server)) => Route::Mcp(index, server),
+        None => servers
+            .iter()
+            .enumerate()
+            .find(|(_, server)| is_public(server))
+            .map_or(Route::Nothing, |(index, server)| Route::Public(index, server)),
+    }
+}
+
+/// Is `path` the endpoint's path, or below it? Everything is below `/`.
+fn covers(endpoint: &str, path: &str) -> bool {
+    let prefix = endpoint.strip_suffix('/').unwrap_or(endpoint);
+    path == endpoint || path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('/'))
+}
+
+struct Request<'r, 'h> {
+    head: &'r Head<'h>,
+}
+
+impl Request<'_, '_> {
+    /// Host and Origin (MCP transports: servers MUST validate Origin against DNS rebinding). Both, because a
+    /// rebound page's Origin equals its Host. Gives the listed origin, if there is one.
+    fn sender<'s>(&self, server: &'s Server) -> Result<Option<&'s str>, &'static str> {
+        if !server.hosts.iter().any(|host| host.eq_ignore_ascii_case(self.head.host())) {
+            return Err("host-not-allowed");
+        }
+        match self.head.origin() {
+            Origin::None => Ok(None),
+            Origin::Several => Err("origin-repeated"),
+            Origin::One("null") => Err("origin-null"),
+            Origin::One(origin) => {
+                let listed = server.origins.iter().find(|listed| *listed == origin);
+                listed.map(|listed| Some(listed.as_str())).ok_or("origin-not-allowed")
+            }
+        }
+    }
+
+    fn keeps_alive(&self) -> bool {
+        self.head.connection() != Connection::Close
+    }
+
+    /// Will the kernel read the same head alike when it comes again, and return to the head state after it?
+    ///
+    /// The kernel takes heads for the same that differ in the digits of Content-Length, so the answer must hold
+    /// for every length: a GET with `Content-Length: 0` is fine once, a GET with a body never is.
+    fn is_recognisable(&self) -> bool {
+        let any_length = match self.head.framing() {
+            Framing::None => true,
+            Framing::ContentLength(_) => self.head.method() == "POST",
+            Framing::Chunked => false,
+        };
+        any_length && self.keeps_alive() && !self.head.expects_continue()
+    }
+
+    fn refuse<'h, V>(&self, server_index: Option<usize>, draft: Draft, cache: CacheFor) -> Decision<'h, V> {
+        // A client that waits for 100 Continue may or may not send its body after a refusal (RFC 9110, section
+        // 10.1.1): what comes next could be a body or a head.
+        let ambiguous = self.head.expects_continue() && !self.head.framing().is_empty();
+        let draft = if ambiguous || !self.keeps_alive() { draft.closing() } else { draft };
+        let answer = draft.finish(self.head.method());
+        // The kernel's replies keep the connection open, and have a body.
+        let repeatable = self.is_recognisable() && !answer.close && self.head.method() != "HEAD";
+        let cache = if repeatable { cache } else { CacheFor::Never };
+        Decision::Answer { server_index, answer, framing: Some(self.head.framing()), cache }
+    }
+
+    fn public<'h, V>(&self, server_index: usize) -> Decision<'h, V> {
+        Decision::Public {
+            server_index,
+            framing: self.head.framing(),
+            cacheable: self.is_recognisable(),
+            keep_alive: self.keeps_alive(),
+        }
+    }
+
+    fn metadata<'h, V>(&self, index: usize, server: &Server) -> Decision<'h, V> {
+        self.refuse(Some(index), metadata::draft(server, self.head.method()), CacheFor::Never)
+    }
+
+    /// Metadata that the server answers itself: reading is all that passes without a token.
+    fn server_metadata<'h, V>(&self, index: usize, server: &Server) -> Decision<'h, V> {
+        match self.sender_of_metadata(server) {
+            Err(draft) => self.refuse(Some(index), draft, CacheFor::UntilPolicyChange),
+            Ok(()) => self.public(index),
+        }
+    }
+
+    fn sender_of_metadata(&self, server: &Server) -> Result<(), Draft> {
+        if !server.hosts.iter().any(|host| host.eq_ignore_ascii_case(self.head.host())) {
+            return Err(answer::forbidden("host-not-allowed"));
+        }
+        if !matches!(self.head.method(), "GET" | "HEAD" | "OPTIONS") {
+            return Err(answer::method_not_allowed("GET, HEAD, OPTIONS"));
+        }
+        if !self.head.framing().is_empty() {
+            return Err(answer::unexpected_body());
+        }
+        Ok(())
+    }
+}
