@@ -191,8 +191,11 @@ impl World {
     pub(crate) fn keys(&self) -> KeySnapshot {
         let jwks = self.jwks.clone().unwrap_or_else(|| vec![self.key.jwk("k1")]);
         let at = BootInstant::from_boot(Duration::from_secs(1000));
-        let entry =
-            SnapshotEntry { issuer: Arc::new(self.issuer.clone()), keys: Some(key_set(&jwks)), fetched_at: at };
+        let entry = SnapshotEntry {
+            issuer: Arc::new(self.issuer.clone()),
+            keys: Some(key_set(&jwks)),
+            fetched_at: at,
+        };
         KeySnapshot::new(Arc::from([entry]), at)
     }
 
@@ -209,13 +212,21 @@ impl World {
     }
 
     /// Verifies with one header parameter set, or removed when `value` is null.
-    pub(crate) fn with_header(&self, name: &str, value: &Value) -> Result<super::VerifiedToken, super::TokenError> {
+    pub(crate) fn with_header(
+        &self,
+        name: &str,
+        value: &Value,
+    ) -> Result<super::VerifiedToken, super::TokenError> {
         let header = changed(&self.header, name, value).to_string();
         self.verify_token(&self.key.mint_raw(self.algorithm, &header, &self.claims.to_string()))
     }
 
     /// Verifies with one claim set, or removed when `value` is null.
-    pub(crate) fn with_claim(&self, name: &str, value: &Value) -> Result<super::VerifiedToken, super::TokenError> {
+    pub(crate) fn with_claim(
+        &self,
+        name: &str,
+        value: &Value,
+    ) -> Result<super::VerifiedToken, super::TokenError> {
         let claims = changed(&self.claims, name, value).to_string();
         self.verify_token(&self.key.mint_raw(self.algorithm, &self.header.to_string(), &claims))
     }

@@ -107,8 +107,11 @@ fn scopes_come_from_scope_and_scp() {
     assert_eq!(scopes("scp", json!(["a"])), Ok(set(&["a", "mcp:read", "mcp:tools"])));
     assert_eq!(scopes("scope", json!("")), Ok(set(&[])));
     assert_eq!(scopes("scope", GONE), Ok(set(&[])));
-    let rows = [("scope", json!(["a"])), ("scope", json!("a\tb")), ("scope", json!("a\"b")), ("scp", json!([1]))];
-    for (name, value) in rows.into_iter().chain([("scp", json!(["a b"])), ("scp", json!({})), ("scp", json!(1))]) {
+    let rows =
+        [("scope", json!(["a"])), ("scope", json!("a\tb")), ("scope", json!("a\"b")), ("scp", json!([1]))];
+    for (name, value) in
+        rows.into_iter().chain([("scp", json!(["a b"])), ("scp", json!({})), ("scp", json!(1))])
+    {
         refused(world.with_claim(name, &value), TokenReason::ClaimMalformed);
     }
 }
@@ -181,7 +184,8 @@ fn a_key_of_another_kind_or_for_another_alg_is_refused() {
 #[test]
 fn kid_is_only_compared() {
     let world = World::new();
-    for kid in ["../../../../dev/null", "/etc/passwd", "' OR 1=1 --", "https://evil.example/k1", "K1", "k1 "] {
+    for kid in ["../../../../dev/null", "/etc/passwd", "' OR 1=1 --", "https://evil.example/k1", "K1", "k1 "]
+    {
         let error = refused(world.with_header("kid", &json!(kid)), TokenReason::UnknownKey);
         assert_eq!(error, TokenError::UnknownKey { issuer: "main".to_owned(), kid: kid.to_owned() });
     }
@@ -254,8 +258,7 @@ fn issuers_with_the_same_kid_do_not_vouch_for_each_other() {
     let both = server(vec![Arc::clone(&a_issuer), Arc::clone(&b_issuer)]);
     let claims_of_a = a.claims.to_string();
     let claims_of_b = claims_of_a.replace("issuer.example.com", "other.example.com");
-    let mint =
-        |key: &TestKey, claims: &str| key.mint_raw(Algorithm::ES256, &a.header.to_string(), claims);
+    let mint = |key: &TestKey, claims: &str| key.mint_raw(Algorithm::ES256, &a.header.to_string(), claims);
 
     assert_eq!(verify(&mint(&a.key, &claims_of_a), &both, &keys, NOW).unwrap().issuer.name, "main");
     assert_eq!(verify(&mint(&b_key, &claims_of_b), &both, &keys, NOW).unwrap().issuer.name, "other");
@@ -289,7 +292,9 @@ fn iss_is_byte_exact() {
 fn aud_missing_empty_or_of_another_type_is_refused() {
     let world = World::new();
     refused(world.with_claim("aud", &GONE), TokenReason::AudienceMissing);
-    for aud in [json!(""), json!([]), json!(7), json!({}), json!(true), json!([RESOURCE, 7]), json!([RESOURCE, ""])] {
+    for aud in
+        [json!(""), json!([]), json!(7), json!({}), json!(true), json!([RESOURCE, 7]), json!([RESOURCE, ""])]
+    {
         refused(world.with_claim("aud", &aud), TokenReason::AudienceMalformed);
     }
     // A JSON null, not an absent claim.
@@ -304,7 +309,10 @@ fn aud_array_may_hold_ours_among_others() {
     let world = World::new();
     let token = world.with_claim("aud", &json!(["https://other.example.com", RESOURCE])).unwrap();
     assert_eq!(token.audience, RESOURCE);
-    refused(world.with_claim("aud", &json!(["https://other.example.com", "x"])), TokenReason::AudienceMismatch);
+    refused(
+        world.with_claim("aud", &json!(["https://other.example.com", "x"])),
+        TokenReason::AudienceMismatch,
+    );
 }
 
 #[test]
@@ -339,7 +347,9 @@ fn aud_of_a_bare_authority_equals_itself_with_a_slash_and_nothing_else() {
         for aud in ["https://h.example", "https://h.example/"] {
             assert_eq!(world.with_claim("aud", &json!(aud)).unwrap().audience, resource);
         }
-        for aud in ["https://h.example//", "https://h.exampl", "https://h.example/x", "https:///", "https://", "/"] {
+        for aud in
+            ["https://h.example//", "https://h.exampl", "https://h.example/x", "https:///", "https://", "/"]
+        {
             refused(world.with_claim("aud", &json!(aud)), TokenReason::AudienceMismatch);
         }
     }
@@ -452,7 +462,15 @@ fn an_id_token_is_refused() {
 fn an_id_jag_is_refused() {
     let mut world = World::new();
     world.issuer.token_types.push("jwt".to_owned());
-    for typ in ["oauth-id-jag+jwt", "application/oauth-id-jag+jwt", "logout+jwt", "dpop+jwt", "at+jwt;x", " at+jwt", ""] {
+    for typ in [
+        "oauth-id-jag+jwt",
+        "application/oauth-id-jag+jwt",
+        "logout+jwt",
+        "dpop+jwt",
+        "at+jwt;x",
+        " at+jwt",
+        "",
+    ] {
         refused(world.with_header("typ", &json!(typ)), TokenReason::TypeNotAccepted);
     }
 }
@@ -571,7 +589,7 @@ fn keys_that_expired_or_never_came_are_unavailable_and_not_a_bad_token() {
     let world = World::new();
     let (server, token) = (world.server(), world.token());
     let keys = world.keys();
-    let at = |secs| keys.at(BootInstant::from_boot(Duration::from_secs(1000 + secs)));
+    let at = |secs: u64| keys.at(BootInstant::from_boot(Duration::from_secs(1000 + secs)));
     assert!(verify(&token, &server, &at(3600), NOW).is_ok(), "stale keys are used");
     let error = refused(verify(&token, &server, &at(3601), NOW), TokenReason::KeysUnavailable);
     assert!(error.reason().is_unavailable());
@@ -600,7 +618,11 @@ fn claims_are_judged_before_keys() {
 fn reasons_have_distinct_kebab_case_names() {
     let names: BTreeSet<_> = TokenReason::ALL.iter().map(|reason| reason.name()).collect();
     assert_eq!(names.len(), TokenReason::ALL.len());
-    assert!(names.iter().all(|name| name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')));
+    assert!(
+        names
+            .iter()
+            .all(|name| name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'))
+    );
 }
 
 #[test]
@@ -628,7 +650,8 @@ fn messages_are_bounded_and_escaped() {
 fn explain_shows_every_check_and_agrees_with_verify() {
     let mut world = World::new();
     let explained = |world: &World| explain(&world.token(), &world.server(), &world.keys(), NOW);
-    let outcome = |checks: &[Check], name: &str| checks.iter().find(|check| check.name == name).unwrap().outcome;
+    let outcome =
+        |checks: &[Check], name: &str| checks.iter().find(|check| check.name == name).unwrap().outcome;
     let good = explained(&world);
     assert!(good.iter().all(|check| check.outcome == Outcome::Pass), "{good:#?}");
 
