@@ -1,2 +1,163 @@
-//! Tasks.
-fn main() {}
+//! Tasks of the workspace: `cargo xtask --help`.
+
+mod build;
+mod check;
+mod probe;
+mod process;
+mod setup;
+mod show;
+mod summary;
+mod test;
+mod toolchain;
+mod workspace;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// Build, check, test and show the enforcer.
+///
+/// Every task first gets what it needs (see `setup`), so each works on a fresh clone. All of them work from any
+/// directory of the workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// List what build, tests, demo and benchmark need, and install what is missing.
+    ///
+    /// The kernel programs need a compiler with the source of `core` and `bpf-linker`. The first of these that fits is
+    /// taken: rustup's nightly with rust-src, the active rustc with rust-src, Debian's rustc-web with rust-web-src.
+    /// Debian packages are installed by root only; for everything that is not installed the exact command is printed.
+    Setup {
+        /// Only say what is there and what is missing; exit with 1 when something is.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build the kernel programs, then the host programs with them embedded.
+    ///
+    /// The object lands in target/bpf/enforcer-ebpf, always built for release; plain `cargo build` embeds it from
+    /// there afterwards. Run this again after a change to enforcer-ebpf or enforcer-common.
+    Build {
+        /// Build the host programs for release [default: debug].
+        #[arg(long, conflicts_with = "debug")]
+        release: bool,
+        /// Build the host programs for debugging, the default.
+        #[arg(long)]
+        debug: bool,
+    },
+    /// Run what CI runs besides the tests: format, lints, documentation, shape of the tree.
+    Check,
+    /// Run the checks, then every test: unit and property tests, then the end-to-end tests.
+    ///
+    /// The end-to-end tests load eBPF programs into the kernel and make cgroups and network namespaces of their own, so
+    /// they need root. The last line is `N passed, N failed, N skipped`; every skip is listed with its reason.
+    #[command(after_help = "Examples:\n  cargo xtask test                 everything\n  \
+                            cargo xtask test --quick         fewer rounds, smaller bodies\n  \
+                            cargo xtask test pipelining      only tests with this in their name, no checks")]
+    Test {
+        /// Fewer rounds and smaller bodies.
+        #[arg(long)]
+        quick: bool,
+        /// Without root, run what can be run and count that as success.
+        #[arg(long)]
+        unprivileged: bool,
+        /// Wall-clock limit of each step, in seconds; a step over it is ended with all its processes.
+        #[arg(long, value_name = "SECONDS", default_value_t = 900, value_parser = clap::value_parser!(u64).range(1..))]
+        step_limit_s: u64,
+        /// Run only tests whose name contains one of these; leaves out the checks.
+        #[arg(value_name = "FILTER")]
+        filters: Vec<String>,
+    },
+    /// Show the enforcer at work on a real MCP server and client. Needs root; cleans up after itself.
+    Demo {
+        /// Passed on to the demo (`cargo xtask demo -- --help` lists them).
+        #[arg(value_name = "ARGS", trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Measure what the enforcer costs, paired and interleaved with the bare server. Needs root.
+    Bench {
+        /// Shorter runs: good for a look, not for a number to keep.
+        #[arg(long)]
+        quick: bool,
+        /// Also write the results and the raw samples to this file.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Passed on to the benchmark (`cargo xtask bench -- --help` lists them).
+        #[arg(value_name = "ARGS", last = true)]
+        arguments: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    let workspace = Workspace::locate()?;
+    match task {
+        Task::Setup { check } => setup::setup(&workspace, check),
+        Task::Build { release, debug: _ } => {
+            let toolchain = setup::ensure(&workspace)?;
+            build::bpf_object(&workspace, &toolchain)?;
+            build::host(&workspace, release)
+        }
+        Task::Check => check::check(&workspace, &setup::ensure(&workspace)?),
+        Task::Test { quick, unprivileged, step_limit_s, filters } => {
+            let step_limit = Duration::from_secs(step_limit_s);
+            test::test(&workspace, &test::Options { quick, unprivileged, step_limit, filters })
+        }
+        Task::Demo { arguments } => show::show(&workspace, "enforcer-demo", &arguments),
+        Task::Bench { quick, json, arguments } => {
+            let mut all = Vec::new();
+            if quick {
+                all.push(OsString::from("--quick"));
+            }
+            if let Some(json) = json {
+                all.extend([OsString::from("--json"), json.into_os_string()]);
+            }
+            all.extend(arguments);
+            show::show(&workspace, "enforcer-bench", &all)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn benchmark_and_demo_arguments_are_passed_through() {
+        let cli = Cli::parse_from(["xtask", "bench", "--quick", "--json", "o.json", "--", "--seconds", "3"]);
+        let Task::Bench { quick, json, arguments } = cli.task else { panic!("not bench") };
+        assert!(quick);
+        assert_eq!(json, Some("o.json".into()));
+        assert_eq!(arguments, ["--seconds", "3"]);
+        let cli = Cli::parse_from(["xtask", "demo", "--pause"]);
+        let Task::Demo { arguments } = cli.task else { panic!("not demo") };
+        assert_eq!(arguments, ["--pause"]);
+    }
+}
