@@ -200,9 +200,22 @@ fn bounded<const MAX: u32>(len: u32) -> Result<u32, Failed> {
     if len == 0 || len > MAX {
         return Err(Failed);
     }
-    let len = core::hint::black_box(len);
-    let len = ((len - 1) & (MAX - 1)) + 1;
-    Ok(core::hint::black_box(len))
+    Ok(barrier(((barrier(len) - 1) & (MAX - 1)) + 1))
+}
+
+/// Gives its argument, and keeps the compiler from knowing that. The value stays in a register: spilled, the verifier would
+/// forget its bounds.
+#[inline(always)]
+fn barrier(value: u32) -> u32 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut word = u64::from(value);
+        // SAFETY: a move onto itself (an empty text would give two source lines to one instruction, which the kernel refuses).
+        unsafe { core::arch::asm!("{0} = {0}", inout(reg) word, options(nomem, nostack)) };
+        word as u32
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    value
 }
 
 /// A callback of `bpf_loop`: not 0 ends the loop.

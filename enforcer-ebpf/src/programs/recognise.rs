@@ -2,7 +2,7 @@
 
 use enforcer_common::abi::HeadDigest;
 use enforcer_common::digest::{Digest, DigestKey};
-use enforcer_common::head::{HEAD_MAX_BYTES, HeadBuf, HeadInfo, MAX_BLOCKS, Miss, Scan, Step};
+use enforcer_common::head::{HEAD_MAX_BYTES, HeadBuf, HeadInfo, MASK_WORDS, MAX_BLOCKS, Miss, Scan, Step};
 
 use crate::kernel::{Failed, Skb, exchange, repeat};
 use crate::maps::{DIGEST_KEY, SCRATCH, SLOTS, Slot};
@@ -96,7 +96,20 @@ extern "C" fn scan_block(index: u32, work: *mut Work) -> i64 {
 
 extern "C" fn scan_line(index: u32, work: *mut Work) -> i64 {
     // SAFETY: as above.
-    unsafe { i64::from((*work).scan.line(&mut *(*work).buf, index) == Step::Stop) }
+    let work = unsafe { &mut *work };
+    // SAFETY: as above.
+    if work.scan.line(unsafe { &mut *work.buf }, index) == Step::Stop {
+        return 1;
+    }
+    if work.scan.has_mask() && repeat(MASK_WORDS, mask_word, work).is_err() {
+        return 1;
+    }
+    i64::from(work.scan.found().is_err())
+}
+
+extern "C" fn mask_word(index: u32, work: *mut Work) -> i64 {
+    // SAFETY: as above.
+    unsafe { i64::from((*work).scan.mask_word(&mut *(*work).buf, index) == Step::Stop) }
 }
 
 extern "C" fn digest_block(index: u32, work: *mut Work) -> i64 {
