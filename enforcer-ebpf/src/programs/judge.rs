@@ -77,7 +77,10 @@ fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
             Advance::Past => Outcome::Dead(Counter::DeadPipelined),
         },
         CHUNKED => on_chunked(input, flow),
-        PUNTED => Outcome::PuntMore,
+        PUNTED => match look_for_answer(input, flow) {
+            Ok(()) => Outcome::PuntMore,
+            Err(counter) => Outcome::Dead(counter),
+        },
         DISCARD => match advance(flow.remaining_bytes, input.len) {
             Advance::Within(left) => Outcome::Drop(Counter::BodyDiscarded, State::Discard, left),
             Advance::End => Outcome::Drop(Counter::BodyDiscarded, State::Head, 0),
@@ -91,11 +94,9 @@ fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
 #[inline(always)]
 fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     let now_ns = now_ns();
-    let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
-        return Outcome::Dead(Counter::DeadHelper);
-    };
-    input.unanswered = !answered(flow.requests == 0, flow.write_seq_mark, write_seq, acknowledged_seq);
-    flow.write_seq_mark = write_seq;
+    if let Err(counter) = look_for_answer(input, flow) {
+        return Outcome::Dead(counter);
+    }
     flow.requests += 1;
     flow.last_request_ns = now_ns;
     let Some(config) = config() else { return Outcome::Dead(Counter::DeadHelper) };
@@ -130,6 +131,18 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
         Known::Deny(reply_id) => refuse(input, flow, info, reply_id, Counter::Refused),
         Known::Stale(reason) => punt(input, flow, config, now_ns, reason, Some(info)),
     }
+}
+
+/// Notes whether the server has answered what came before these bytes. While the daemon owns the flow it alone knows where a
+/// request starts, so every skb is looked at; a mark in the middle of a body only makes the next answer wait longer.
+#[inline(always)]
+fn look_for_answer(input: &mut Input<'_>, flow: &mut Flow) -> Result<(), Counter> {
+    let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
+        return Err(Counter::DeadHelper);
+    };
+    input.unanswered = !answered(flow.requests == 0, flow.write_seq_mark, write_seq, acknowledged_seq);
+    flow.write_seq_mark = write_seq;
+    Ok(())
 }
 
 #[inline(always)]
@@ -293,7 +306,8 @@ fn punt_more(input: &Input<'_>, flow: &mut Flow) -> u32 {
         return handed_back(input, flow);
     }
     count(Counter::PuntContinued);
-    hand_over(input, flow, next, Counter::PuntContinued, 0)
+    let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
+    hand_over(input, flow, next, Counter::PuntContinued, flags)
 }
 
 #[inline(never)]

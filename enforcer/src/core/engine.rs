@@ -1,0 +1,739 @@
+//! The engine: takes the kernel's records, decides each request, and has its bytes carried on.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use enforcer_common::abi::{
+    PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader, VERDICT_ALLOW,
+    VERDICT_DENY, VERDICT_PUBLIC, Verdict,
+};
+use enforcer_common::chunked::Chunked;
+use enforcer_common::digest::DigestKey;
+use enforcer_common::flow::{Ctl, State};
+use enforcer_common::head;
+use tracing::{debug, info, warn};
+
+use crate::authz::{self, CacheFor, Decision, KeyLookup, Options};
+use crate::http::answer::Answer;
+use crate::http::head::{DEFAULT_MAX_HEAD_BYTES, Framing, HeadError, find_head_end, may_become_head};
+use crate::keys::KeySnapshot;
+use crate::policy::Server;
+use crate::token::{Fingerprinter, VerifiedToken};
+
+use super::{Datapath, Endpoints, GrantTable, HandBack, KeyedVerifier, Now, ReplyTable};
+
+/// Bytes of one flow that may wait for a decision.
+const PARKED_MAX_BYTES: usize = 1 << 20;
+/// Bytes of all flows that may wait for a decision.
+const PARKED_TOTAL_MAX_BYTES: usize = 64 << 20;
+/// Flows that the engine follows.
+const FLOWS_MAX: usize = 65_536;
+/// How long a head may take to arrive, or its decision to be made.
+const HEAD_TIMEOUT_NS: u64 = 30_000_000_000;
+/// How long a closing answer may be read before the connection is destroyed.
+const LINGER_NS: u64 = 1_000_000_000;
+/// Answers of the daemon on one connection in a row; the next one closes it. A client that does not read its answers can so
+/// not fill the injection buffer.
+const ANSWERS_MAX: u32 = 128;
+/// How long the kernel repeats a refusal that time or new keys may change.
+const SHORT_NS: u64 = 2_000_000_000;
+/// How long the kernel repeats a refusal that only policy changes.
+const LONG_NS: u64 = 3_600_000_000_000;
+/// How often flows are looked for whose end the kernel could not report.
+const SWEEP_NS: u64 = 10_000_000_000;
+
+/// Why a flow is destroyed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// A record is missing.
+    #[error("record-lost")]
+    RecordLost,
+    /// Too many bytes wait for a decision.
+    #[error("parked-bytes-full")]
+    ParkedFull,
+    /// Too many flows.
+    #[error("flow-table-full")]
+    FlowsFull,
+    /// Bytes behind the end of a request that is not answered.
+    #[error("pipelined")]
+    Pipelined,
+    /// An answer of ours would overtake the server's.
+    #[error("unanswered")]
+    Unanswered,
+    /// The chunked body's framing is broken.
+    #[error("chunked-broken")]
+    ChunkedBroken,
+    /// Bytes could not be injected.
+    #[error("inject-failed")]
+    InjectFailed,
+    /// The bytes are not HTTP.
+    #[error("not-http")]
+    NotHttp,
+    /// The head did not arrive in time.
+    #[error("head-timeout")]
+    HeadTimeout,
+}
+
+impl EngineError {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::RecordLost => "record-lost",
+            Self::ParkedFull => "parked-bytes-full",
+            Self::FlowsFull => "flow-table-full",
+            Self::Pipelined => "pipelined",
+            Self::Unanswered => "unanswered",
+            Self::ChunkedBroken => "chunked-broken",
+            Self::InjectFailed => "inject-failed",
+            Self::NotHttp => "not-http",
+            Self::HeadTimeout => "head-timeout",
+        }
+    }
+}
+
+/// A key that the engine waits for. Answer with [`Engine::keys_refreshed`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyRequest {
+    /// Flow that waits.
+    pub cookie: u64,
+    /// Epoch in which it waits.
+    pub epoch: u32,
+    /// Name of the issuer in the policy.
+    pub issuer: String,
+    /// Key id, chosen by the client.
+    pub kid: String,
+}
+
+/// How much of a request's body is still to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Body {
+    Length(u64),
+    Chunked(Chunked),
+}
+
+impl Body {
+    fn of(framing: Framing) -> Self {
+        match framing {
+            Framing::None => Self::Length(0),
+            Framing::ContentLength(length) => Self::Length(length),
+            Framing::Chunked => Self::Chunked(Chunked::new()),
+        }
+    }
+
+    /// Takes bytes off: how many belong to it, and whether it ends with them.
+    fn take(&mut self, bytes: &[u8]) -> Result<(usize, bool), EngineError> {
+        match self {
+            Self::Length(left) => {
+                let taken = (bytes.len() as u64).min(*left);
+                *left -= taken;
+                Ok((taken as usize, *left == 0))
+            }
+            Self::Chunked(decoder) => {
+                let (taken, end) = decoder.run(bytes).ok_or(EngineError::ChunkedBroken)?;
+                Ok((taken as usize, end))
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// A head is expected, or half there.
+    Head,
+    /// The head is there, its token's key is being fetched.
+    Waiting,
+    /// The body goes to the server.
+    Pass { server_id: u32, body: Body, last_grant: u32 },
+    /// The body is dropped.
+    Discard { body: Body },
+    /// The request is over; what follows is the next one's head.
+    Done { last_grant: u32 },
+    /// Nothing more goes anywhere.
+    Closing,
+}
+
+/// A flow that was handed over at least once.
+#[derive(Debug)]
+struct Punted {
+    epoch: u32,
+    endpoint_id: u32,
+    netns_cookie: u64,
+    /// Bytes given to us in this epoch.
+    received_bytes: u64,
+    /// Bytes that wait for a decision: the head, and what came with it.
+    parked: Vec<u8>,
+    stage: Stage,
+    unanswered: bool,
+    observed: bool,
+    /// When the head began.
+    since_ns: u64,
+    /// Answers given in a row.
+    answers: u32,
+}
+
+/// Random secrets of one load.
+pub struct Secrets {
+    /// Key of the head digests; the kernel has the same.
+    pub digest: Box<DigestKey>,
+    /// Key of the token fingerprints.
+    pub fingerprint: Fingerprinter,
+}
+
+/// The engine.
+pub struct Engine {
+    endpoints: Endpoints,
+    generation: u64,
+    secrets: Secrets,
+    grants: GrantTable,
+    replies: ReplyTable,
+    flows: HashMap<u64, Punted>,
+    parked_bytes: usize,
+    /// Flows that this batch of records touched.
+    touched: BTreeSet<u64>,
+    /// When heads that are not decided run out of time.
+    timeouts: BTreeMap<(u64, u64), u32>,
+    key_requests: Vec<KeyRequest>,
+    next_sweep_ns: u64,
+}
+
+impl Engine {
+    /// An engine for a policy's endpoints.
+    #[must_use]
+    pub fn new(endpoints: Endpoints, generation: u64, first_serial: u64, secrets: Secrets) -> Self {
+        Self {
+            endpoints,
+            generation,
+            secrets,
+            grants: GrantTable::new(first_serial),
+            replies: ReplyTable::default(),
+            flows: HashMap::new(),
+            parked_bytes: 0,
+            touched: BTreeSet::new(),
+            timeouts: BTreeMap::new(),
+            key_requests: Vec::new(),
+            next_sweep_ns: 0,
+        }
+    }
+
+    /// The templates, for those that are made beforehand.
+    pub fn replies(&mut self) -> &mut ReplyTable {
+        &mut self.replies
+    }
+
+    /// Takes the keys that are asked for.
+    pub fn take_key_requests(&mut self) -> Vec<KeyRequest> {
+        std::mem::take(&mut self.key_requests)
+    }
+
+    /// Flows that are followed.
+    #[must_use]
+    pub fn flow_count(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Takes one record of the ring buffer.
+    pub fn record<D: Datapath>(
+        &mut self,
+        header: &PuntHeader,
+        bytes: &[u8],
+        now: Now,
+        keys: &KeySnapshot,
+        datapath: &mut D,
+    ) {
+        match header.kind {
+            PUNT_DATA => {
+                self.touched.insert(header.cookie);
+                if let Err(error) = self.data(header, bytes, now, keys, datapath) {
+                    self.give_up(header.cookie, header.netns_cookie, error, datapath);
+                }
+            }
+            PUNT_CLOSED => self.forget(header.cookie),
+            PUNT_DEAD => {
+                self.forget(header.cookie);
+                datapath.destroy(header.cookie, header.netns_cookie, 0);
+            }
+            PUNT_FENCED => {
+                warn!(cookie = header.cookie, "a connection could not be guarded and was cut off (MPTCP?)");
+                datapath.destroy(header.cookie, header.netns_cookie, 0);
+            }
+            kind => warn!(kind, "unknown record in the ring buffer"),
+        }
+    }
+
+    /// After a batch of records: gives back to the kernel what is decided.
+    pub fn end_batch<D: Datapath>(&mut self, datapath: &mut D) {
+        for cookie in std::mem::take(&mut self.touched) {
+            let Some(flow) = self.flows.get_mut(&cookie) else { continue };
+            let Some(to) = flow.hand_back() else { continue };
+            let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
+            if datapath.hand_back(cookie, expected, to).is_err() {
+                let netns_cookie = flow.netns_cookie;
+                self.give_up(cookie, netns_cookie, EngineError::InjectFailed, datapath);
+            }
+        }
+    }
+
+    /// An issuer's keys were refreshed, or could not be, for this flow: decides with what there is.
+    pub fn keys_refreshed<D: Datapath>(
+        &mut self,
+        cookie: u64,
+        epoch: u32,
+        now: Now,
+        keys: &KeySnapshot,
+        datapath: &mut D,
+    ) {
+        let Some(flow) = self.flows.get_mut(&cookie) else { return };
+        if flow.epoch != epoch || flow.stage != Stage::Waiting {
+            return;
+        }
+        let netns_cookie = flow.netns_cookie;
+        flow.stage = Stage::Head;
+        self.touched.insert(cookie);
+        if let Err(error) = self.try_decide(cookie, KeyLookup::Final, now, keys, datapath) {
+            self.give_up(cookie, netns_cookie, error, datapath);
+        }
+        self.end_batch(datapath);
+    }
+
+    /// Time passes: a few times per second.
+    pub fn tick<D: Datapath>(&mut self, now: Now, datapath: &mut D) {
+        while let Some((&(deadline_ns, cookie), &epoch)) = self.timeouts.first_key_value() {
+            if deadline_ns > now.boot_ns {
+                break;
+            }
+            self.timeouts.pop_first();
+            let Some(flow) = self.flows.get(&cookie) else { continue };
+            let late = now.boot_ns.saturating_sub(flow.since_ns) >= HEAD_TIMEOUT_NS;
+            if flow.epoch == epoch && late && matches!(flow.stage, Stage::Head | Stage::Waiting) {
+                let netns_cookie = flow.netns_cookie;
+                self.give_up(cookie, netns_cookie, EngineError::HeadTimeout, datapath);
+            }
+        }
+        self.grants.sweep(now, datapath);
+        if now.boot_ns >= self.next_sweep_ns {
+            self.next_sweep_ns = now.boot_ns + SWEEP_NS;
+            let gone: Vec<u64> =
+                self.flows.keys().copied().filter(|cookie| !datapath.flow_exists(*cookie)).collect();
+            gone.into_iter().for_each(|cookie| self.forget(cookie));
+        }
+    }
+
+    fn forget(&mut self, cookie: u64) {
+        if let Some(flow) = self.flows.remove(&cookie) {
+            self.parked_bytes -= flow.parked.len();
+        }
+    }
+
+    /// The flow can't go on: its connection is destroyed, or, in observe mode, no longer followed.
+    fn give_up<D: Datapath>(&mut self, cookie: u64, netns_cookie: u64, error: EngineError, datapath: &mut D) {
+        datapath.count(error.name());
+        let flow = self.flows.get(&cookie);
+        let observed = flow.is_some_and(|flow| flow.observed);
+        info!(reason = error.name(), peer = datapath.peer(cookie), observed, "connection given up");
+        match flow {
+            Some(flow) if observed => {
+                // Late bytes only mean that the next batch tries again.
+                let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
+                let _ = datapath.hand_back(cookie, expected, HandBack::empty(State::Opaque, flow.epoch));
+            }
+            _ => datapath.destroy(cookie, netns_cookie, 0),
+        }
+        if let Some(flow) = self.flows.get_mut(&cookie) {
+            self.parked_bytes -= flow.parked.len();
+            flow.parked = Vec::new();
+            flow.stage = Stage::Closing;
+        }
+    }
+
+    fn data<D: Datapath>(
+        &mut self,
+        header: &PuntHeader,
+        bytes: &[u8],
+        now: Now,
+        keys: &KeySnapshot,
+        datapath: &mut D,
+    ) -> Result<(), EngineError> {
+        let known = self.flows.get(&header.cookie).is_some_and(|flow| flow.epoch == header.epoch);
+        if !known {
+            self.begin(header, now)?;
+        }
+        let flow = self.flows.get_mut(&header.cookie).ok_or(EngineError::RecordLost)?;
+        if flow.received_bytes != header.offset_bytes {
+            return Err(EngineError::RecordLost);
+        }
+        flow.received_bytes += bytes.len() as u64;
+        if let Stage::Done { .. } = flow.stage {
+            // The client was faster than the hand-back: the next request begins.
+            flow.stage = Stage::Head;
+            flow.unanswered = header.flags & PUNT_UNANSWERED != 0;
+            flow.since_ns = now.boot_ns;
+            self.timeouts.insert((now.boot_ns + HEAD_TIMEOUT_NS, header.cookie), header.epoch);
+        }
+        match flow.stage {
+            Stage::Head | Stage::Waiting => {
+                let full = flow.parked.len() + bytes.len() > PARKED_MAX_BYTES
+                    || self.parked_bytes + bytes.len() > PARKED_TOTAL_MAX_BYTES;
+                if full {
+                    return Err(EngineError::ParkedFull);
+                }
+                flow.parked.extend_from_slice(bytes);
+                self.parked_bytes += bytes.len();
+                if flow.stage == Stage::Head {
+                    self.try_decide(header.cookie, KeyLookup::MayRefresh, now, keys, datapath)?;
+                }
+                Ok(())
+            }
+            Stage::Pass { .. } | Stage::Discard { .. } => flow.body(header.cookie, bytes, datapath),
+            Stage::Done { .. } | Stage::Closing => Ok(()),
+        }
+    }
+
+    fn begin(&mut self, header: &PuntHeader, now: Now) -> Result<(), EngineError> {
+        if header.offset_bytes != 0 {
+            return Err(EngineError::RecordLost);
+        }
+        let answers = self.flows.get(&header.cookie).map_or(0, |flow| flow.answers);
+        self.forget(header.cookie);
+        if self.flows.len() >= FLOWS_MAX {
+            return Err(EngineError::FlowsFull);
+        }
+        self.timeouts.insert((now.boot_ns + HEAD_TIMEOUT_NS, header.cookie), header.epoch);
+        self.flows.insert(
+            header.cookie,
+            Punted {
+                epoch: header.epoch,
+                endpoint_id: header.endpoint_id,
+                netns_cookie: header.netns_cookie,
+                received_bytes: 0,
+                parked: Vec::new(),
+                stage: Stage::Head,
+                unanswered: header.flags & PUNT_UNANSWERED != 0,
+                observed: header.flags & PUNT_OBSERVED != 0,
+                since_ns: now.boot_ns,
+                answers,
+            },
+        );
+        Ok(())
+    }
+
+    /// Decides about the parked head if it is whole.
+    fn try_decide<D: Datapath>(
+        &mut self,
+        cookie: u64,
+        key_lookup: KeyLookup,
+        now: Now,
+        keys: &KeySnapshot,
+        datapath: &mut D,
+    ) -> Result<(), EngineError> {
+        let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
+        if !may_become_head(&flow.parked) {
+            return Err(EngineError::NotHttp);
+        }
+        let parked = match find_head_end(&flow.parked) {
+            Some(end) => {
+                self.parked_bytes -= flow.parked.len();
+                let parked = std::mem::take(&mut flow.parked);
+                (parked, end)
+            }
+            None if flow.parked.len() > DEFAULT_MAX_HEAD_BYTES => {
+                let error =
+                    HeadError::TooLarge { len_bytes: flow.parked.len(), max_bytes: DEFAULT_MAX_HEAD_BYTES };
+                let answer = crate::http::answer::broken_head(&error).finish("GET");
+                return self.answer(cookie, &answer, None, datapath);
+            }
+            None => return Ok(()),
+        };
+        let (bytes, end) = parked;
+        let (head_bytes, rest) = bytes.split_at(end);
+        let endpoint_id = flow.endpoint_id;
+        let endpoint = self.endpoints.0.get(endpoint_id as usize).ok_or(EngineError::RecordLost)?;
+        let servers: Vec<&Server> = endpoint.servers.iter().map(|(_, server)| server.as_ref()).collect();
+        let server_id = |index: usize| endpoint.servers.get(index).map(|(id, _)| *id);
+        let verifier = KeyedVerifier { keys, now_unix_secs: now.unix_secs };
+        let options = Options { key_lookup, ..Options::default() };
+        match authz::decide(head_bytes, &servers, &verifier, &options) {
+            Decision::Allow { server_index, verified, token, framing, cacheable, .. } => {
+                let server_id = server_id(server_index).ok_or(EngineError::RecordLost)?;
+                let last_grant =
+                    self.allow(cookie, head_bytes, &verified, token, server_id, framing, cacheable, now, datapath);
+                self.pass(cookie, server_id, last_grant, head_bytes, rest, framing, datapath)
+            }
+            Decision::Public { server_index, framing, cacheable, .. } => {
+                let server_id = server_id(server_index).ok_or(EngineError::RecordLost)?;
+                if cacheable {
+                    let verdict = (VERDICT_PUBLIC, 0, 0, now.boot_ns + LONG_NS, server_id);
+                    self.write_verdict(head_bytes, endpoint_id, framing, verdict, datapath);
+                }
+                self.pass(cookie, server_id, 0, head_bytes, rest, framing, datapath)
+            }
+            Decision::Answer { server_index, answer, framing, cache } => {
+                let server_id = server_index.and_then(server_id);
+                info!(
+                    status = answer.status,
+                    reason = answer.reason,
+                    server = server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str()),
+                    peer = datapath.peer(cookie),
+                    observed = self.flows.get(&cookie).is_some_and(|flow| flow.observed),
+                    "refused"
+                );
+                datapath.count(answer.reason);
+                self.remember_refusal(head_bytes, endpoint_id, framing, &answer, cache, server_id, now, datapath);
+                self.answer(cookie, &answer, framing, datapath)?;
+                match self.flows.get_mut(&cookie) {
+                    Some(flow) if !rest.is_empty() => flow.body(cookie, rest, datapath),
+                    _ => Ok(()),
+                }
+            }
+            Decision::NeedKey { issuer, kid, .. } => {
+                let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
+                self.key_requests.push(KeyRequest { cookie, epoch: flow.epoch, issuer, kid });
+                flow.stage = Stage::Waiting;
+                self.parked_bytes += bytes.len();
+                flow.parked = bytes;
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes grant and verdict; the grant's slot plus one, or 0.
+    #[expect(clippy::too_many_arguments, reason = "one call, all of it needed")]
+    fn allow<D: Datapath>(
+        &mut self,
+        cookie: u64,
+        head_bytes: &[u8],
+        verified: &VerifiedToken,
+        token: &str,
+        server_id: u32,
+        framing: Framing,
+        cacheable: bool,
+        now: Now,
+        datapath: &mut D,
+    ) -> u32 {
+        let fingerprint = self.secrets.fingerprint.fingerprint(token.as_bytes());
+        let Some(endpoint_id) = self.flows.get(&cookie).map(|flow| flow.endpoint_id) else { return 0 };
+        let granted =
+            self.grants.grant(verified, fingerprint, server_id, self.generation, now, datapath);
+        debug!(
+            %fingerprint,
+            issuer = verified.issuer.name,
+            subject = verified.subject,
+            client_id = verified.client_id,
+            server_id,
+            peer = datapath.peer(cookie),
+            "allowed"
+        );
+        datapath.count("allowed");
+        let Some(granted) = granted else { return 0 };
+        if cacheable {
+            let verdict = (VERDICT_ALLOW, granted.slot, granted.serial, granted.deadline_ns, server_id);
+            self.write_verdict(head_bytes, endpoint_id, framing, verdict, datapath);
+        }
+        granted.slot + 1
+    }
+
+    /// Lets the kernel repeat a refusal, where it can.
+    #[expect(clippy::too_many_arguments, reason = "one call, all of it needed")]
+    fn remember_refusal<D: Datapath>(
+        &mut self,
+        head_bytes: &[u8],
+        endpoint_id: u32,
+        framing: Option<Framing>,
+        answer: &Answer,
+        cache: CacheFor,
+        server_id: Option<u32>,
+        now: Now,
+        datapath: &mut D,
+    ) {
+        let (Some(framing), false) = (framing, answer.close) else { return };
+        let deadline_ns = match cache {
+            CacheFor::Never => return,
+            CacheFor::Short => now.boot_ns + SHORT_NS,
+            CacheFor::UntilPolicyChange => now.boot_ns + LONG_NS,
+        };
+        if let Some(reply_id) = self.replies.id(answer, datapath) {
+            let verdict = (VERDICT_DENY, reply_id, 0, deadline_ns, server_id.unwrap_or(u32::MAX));
+            self.write_verdict(head_bytes, endpoint_id, framing, verdict, datapath);
+        }
+    }
+
+    /// Writes a verdict if the kernel reads the head's framing as the parser does.
+    fn write_verdict<D: Datapath>(
+        &self,
+        head_bytes: &[u8],
+        endpoint_id: u32,
+        framing: Framing,
+        (kind, index, grant_serial, deadline_ns, server_id): (u32, u32, u64, u64, u32),
+        datapath: &mut D,
+    ) {
+        let Ok((info, digest)) = head::analyze_bytes(head_bytes, &self.secrets.digest, endpoint_id) else { return };
+        let alike = info.head_bytes as usize == head_bytes.len()
+            && match framing {
+                Framing::None => info.has_content_length == 0,
+                Framing::ContentLength(length) => info.has_content_length == 1 && info.content_length == length,
+                Framing::Chunked => false,
+            };
+        if !alike {
+            return;
+        }
+        let verdict = Verdict {
+            kind,
+            index,
+            grant_serial,
+            generation: self.generation,
+            deadline_ns,
+            server_id,
+            head_bytes: info.head_bytes,
+        };
+        if let Err(error) = datapath.set_verdict(digest, verdict) {
+            warn!(%error, "a verdict could not be written; the head stays on the slow path");
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one call, all of it needed")]
+    fn pass<D: Datapath>(
+        &mut self,
+        cookie: u64,
+        server_id: u32,
+        last_grant: u32,
+        head_bytes: &[u8],
+        rest: &[u8],
+        framing: Framing,
+        datapath: &mut D,
+    ) -> Result<(), EngineError> {
+        let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
+        flow.answers = 0;
+        let mut body = Body::of(framing);
+        // Everything that belongs to the request goes in one piece: servers like to read head and body at once.
+        let (taken, end) = body.take(rest)?;
+        if taken < rest.len() {
+            return Err(EngineError::Pipelined);
+        }
+        flow.stage = Stage::Pass { server_id, body, last_grant };
+        if rest.is_empty() {
+            flow.send(cookie, server_id, head_bytes, datapath)?;
+        } else {
+            flow.send(cookie, server_id, &[head_bytes, rest].concat(), datapath)?;
+        }
+        if end || body == Body::Length(0) {
+            flow.stage = Stage::Done { last_grant };
+        }
+        Ok(())
+    }
+
+    /// Sends an answer of ours in the server's place.
+    fn answer<D: Datapath>(
+        &mut self,
+        cookie: u64,
+        answer: &Answer,
+        framing: Option<Framing>,
+        datapath: &mut D,
+    ) -> Result<(), EngineError> {
+        let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
+        if flow.observed {
+            // It has passed already; its body has to be followed all the same.
+            let framing = framing.ok_or(EngineError::NotHttp)?;
+            flow.stage = Stage::discard(framing);
+            return Ok(());
+        }
+        if flow.unanswered {
+            return Err(EngineError::Unanswered);
+        }
+        flow.answers += 1;
+        let ctl = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
+        datapath.to_client(cookie, ctl, &answer.bytes).map_err(|_| EngineError::InjectFailed)?;
+        match framing {
+            Some(framing) if !answer.close && flow.answers < ANSWERS_MAX => {
+                flow.stage = Stage::discard(framing);
+            }
+            _ => {
+                flow.stage = Stage::Closing;
+                self.parked_bytes -= flow.parked.len();
+                flow.parked = Vec::new();
+                datapath.destroy(cookie, flow.netns_cookie, LINGER_NS);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Stage {
+    fn discard(framing: Framing) -> Self {
+        match Body::of(framing) {
+            Body::Length(0) => Self::Done { last_grant: 0 },
+            body => Self::Discard { body },
+        }
+    }
+}
+
+impl Punted {
+    fn send<D: Datapath>(
+        &self,
+        cookie: u64,
+        server_id: u32,
+        bytes: &[u8],
+        datapath: &mut D,
+    ) -> Result<(), EngineError> {
+        if self.observed || bytes.is_empty() {
+            return Ok(());
+        }
+        let ctl = Ctl::new(State::Punted, self.epoch, self.received_bytes);
+        datapath.to_server(server_id, cookie, ctl, bytes).map_err(|_| EngineError::InjectFailed)
+    }
+
+    /// Bytes of a body whose request is decided.
+    fn body<D: Datapath>(&mut self, cookie: u64, bytes: &[u8], datapath: &mut D) -> Result<(), EngineError> {
+        match self.stage {
+            Stage::Pass { server_id, mut body, last_grant } => {
+                let (taken, end) = body.take(bytes)?;
+                if taken < bytes.len() {
+                    return Err(EngineError::Pipelined);
+                }
+                self.send(cookie, server_id, bytes, datapath)?;
+                self.stage =
+                    if end { Stage::Done { last_grant } } else { Stage::Pass { server_id, body, last_grant } };
+                Ok(())
+            }
+            Stage::Discard { mut body } => {
+                let (taken, end) = body.take(bytes)?;
+                if taken < bytes.len() {
+                    return Err(EngineError::Pipelined);
+                }
+                self.stage = if end { Stage::Done { last_grant: 0 } } else { Stage::Discard { body } };
+                Ok(())
+            }
+            Stage::Done { .. } => Err(EngineError::Pipelined),
+            Stage::Head | Stage::Waiting | Stage::Closing => Ok(()),
+        }
+    }
+
+    /// How the flow goes back to the kernel; `None`: it stays.
+    fn hand_back(&self) -> Option<HandBack> {
+        let to = |state, body, last_grant| {
+            let (remaining_bytes, chunked) = match body {
+                Body::Length(left) => (left, 0),
+                Body::Chunked(decoder) => (0, decoder.to_bits()),
+            };
+            HandBack { ctl: Ctl::new(state, self.epoch, 0), remaining_bytes, chunked, last_grant }
+        };
+        match self.stage {
+            Stage::Head | Stage::Waiting => None,
+            Stage::Done { last_grant } => Some(to(State::Head, Body::Length(0), last_grant)),
+            Stage::Pass { body: body @ Body::Length(_), last_grant, .. } => Some(to(State::Body, body, last_grant)),
+            Stage::Pass { body, last_grant, .. } => Some(to(State::Chunked, body, last_grant)),
+            // Passed already, so the kernel only has to follow it.
+            Stage::Discard { body: body @ Body::Length(_) } if self.observed => Some(to(State::Body, body, 0)),
+            Stage::Discard { body } if self.observed => Some(to(State::Chunked, body, 0)),
+            Stage::Discard { body: body @ Body::Length(_) } => Some(to(State::Discard, body, 0)),
+            // A refused chunked body is read to its end here: the kernel discards by length only.
+            Stage::Discard { .. } => None,
+            Stage::Closing if self.observed => Some(HandBack::empty(State::Opaque, self.epoch)),
+            Stage::Closing => Some(HandBack::empty(State::Dead, self.epoch)),
+        }
+    }
+}
+
+impl HandBack {
+    /// A state without a body.
+    #[must_use]
+    pub const fn empty(state: State, epoch: u32) -> Self {
+        Self { ctl: Ctl::new(state, epoch, 0), remaining_bytes: 0, chunked: 0, last_grant: 0 }
+    }
+}

@@ -1,0 +1,107 @@
+//! The daemon's core: what happens to the bytes that the kernel hands over. No I/O, no clock: bytes, keys and the time go in,
+//! calls of a [`Datapath`] come out. In tests the datapath is a plain collection.
+
+mod endpoints;
+mod engine;
+mod grants;
+mod replies;
+#[cfg(test)]
+mod tests;
+mod verifier;
+
+pub use endpoints::{EndpointPolicy, Endpoints};
+pub use engine::{Engine, EngineError, KeyRequest, Secrets};
+pub use grants::{GRANT_MAX_NS, GrantTable, QUARANTINE_NS};
+pub use replies::ReplyTable;
+pub use verifier::KeyedVerifier;
+
+use enforcer_common::abi::{Grant, GrantLabel, HeadDigest, Reply, Verdict};
+use enforcer_common::flow::Ctl;
+
+/// What the core asks of the kernel. Every call may fail; the core then destroys the flow or does without the fast path.
+pub trait Datapath {
+    /// Why a call failed.
+    type Error: std::fmt::Display;
+
+    /// Bytes for the server of a flow that the daemon owns in `ctl`'s epoch.
+    ///
+    /// # Errors
+    /// Part of them may have gone: the flow must be destroyed.
+    fn to_server(&mut self, server_id: u32, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// An answer for the client of such a flow.
+    ///
+    /// # Errors
+    /// As above.
+    fn to_client(&mut self, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Gives the flow back if its control word still is `expected`.
+    ///
+    /// # Errors
+    /// Nothing was given back.
+    fn hand_back(&mut self, cookie: u64, expected: Ctl, to: HandBack) -> Result<(), Self::Error>;
+
+    /// Destroys the connection, after so many nanoseconds (for an answer to be read first).
+    fn destroy(&mut self, cookie: u64, netns_cookie: u64, after_ns: u64);
+
+    /// Whether the flow still has a record.
+    fn flow_exists(&mut self, cookie: u64) -> bool;
+
+    /// The client's address, for the log.
+    fn peer(&mut self, cookie: u64) -> String;
+
+    /// Writes a verdict.
+    ///
+    /// # Errors
+    /// The head stays unknown to the kernel.
+    fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), Self::Error>;
+
+    /// Reads a grant.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    fn grant(&mut self, slot: u32) -> Result<Grant, Self::Error>;
+
+    /// Writes a grant.
+    ///
+    /// # Errors
+    /// The grant is not in force.
+    fn set_grant(&mut self, slot: u32, grant: &Grant) -> Result<(), Self::Error>;
+
+    /// Writes a grant's label.
+    ///
+    /// # Errors
+    /// The label is missing.
+    fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), Self::Error>;
+
+    /// Writes a response template.
+    ///
+    /// # Errors
+    /// The kernel can't give this answer.
+    fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), Self::Error>;
+
+    /// Counts a refusal reason.
+    fn count(&mut self, reason: &'static str);
+}
+
+/// The state that a flow is given back in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HandBack {
+    /// New control word.
+    pub ctl: Ctl,
+    /// Body bytes left.
+    pub remaining_bytes: u64,
+    /// Chunk decoder.
+    pub chunked: u64,
+    /// Slot of the request's grant plus one; 0: none.
+    pub last_grant: u32,
+}
+
+/// One instant, on both clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Now {
+    /// `CLOCK_BOOTTIME`, in nanoseconds: the kernel's deadlines.
+    pub boot_ns: u64,
+    /// Seconds since 1970: the tokens' claims.
+    pub unix_secs: u64,
+}

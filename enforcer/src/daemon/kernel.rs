@@ -1,0 +1,141 @@
+//! The core's [`Datapath`] on the real kernel.
+
+use std::collections::BTreeMap;
+
+use enforcer_common::abi::{
+    EndpointKey, FAMILY_V4, Grant, GrantLabel, HeadDigest, Reply, Verdict,
+};
+use enforcer_common::flow::Ctl;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use tracing::{error, warn};
+
+use crate::core::{Datapath, HandBack};
+use crate::datapath::{Injectors, LiveError, Maps, SocketDestroyer};
+
+/// Why the kernel did not do it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum KernelError {
+    #[error(transparent)]
+    Map(#[from] LiveError),
+    #[error(transparent)]
+    Inject(#[from] crate::datapath::InjectError),
+    #[error("map lookup: {0}")]
+    Lookup(#[from] aya::maps::MapError),
+}
+
+/// Maps, injectors and the destroyer of sockets.
+pub(super) struct Kernel {
+    maps: Maps,
+    injectors: Injectors,
+    destroyer: SocketDestroyer,
+    /// Connections to destroy: when, which.
+    due: BTreeMap<(u64, u64), u64>,
+}
+
+impl Kernel {
+    pub(super) fn new(maps: Maps, injectors: Injectors) -> Self {
+        Self { maps, injectors, destroyer: SocketDestroyer::default(), due: BTreeMap::new() }
+    }
+
+    pub(super) fn maps(&mut self) -> &mut Maps {
+        &mut self.maps
+    }
+
+    /// Shows the kernel that the daemon lives.
+    pub(super) fn heartbeat(&mut self, now_ns: u64) -> Result<(), LiveError> {
+        let mut config = self.maps.live.configuration()?;
+        config.heartbeat_ns = now_ns;
+        self.maps.set_config(config)
+    }
+
+    /// Whether no connection is guarded.
+    pub(super) fn no_flows(&self) -> bool {
+        self.maps.live.flows.keys().next().is_none()
+    }
+
+    /// Destroys the connections whose time has come.
+    pub(super) fn destroy_due(&mut self, now_ns: u64) {
+        while let Some((&(when_ns, cookie), &netns_cookie)) = self.due.first_key_value() {
+            if when_ns > now_ns {
+                break;
+            }
+            self.due.pop_first();
+            let Ok(flow) = self.maps.live.flows.get(&cookie, 0) else { continue };
+            if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, flow.local, flow.peer) {
+                warn!(cookie, %error, "a connection could not be destroyed; it is dead in the kernel");
+            }
+        }
+    }
+}
+
+impl Datapath for Kernel {
+    type Error = KernelError;
+
+    fn to_server(&mut self, server_id: u32, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), KernelError> {
+        Ok(self.injectors.to_server(server_id, cookie, ctl, bytes)?)
+    }
+
+    fn to_client(&mut self, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), KernelError> {
+        Ok(self.injectors.to_client(cookie, ctl, bytes)?)
+    }
+
+    fn hand_back(&mut self, cookie: u64, expected: Ctl, to: HandBack) -> Result<(), KernelError> {
+        let HandBack { ctl, remaining_bytes, chunked, last_grant } = to;
+        Ok(self.injectors.hand_back(cookie, expected, ctl, remaining_bytes, chunked, last_grant)?)
+    }
+
+    fn destroy(&mut self, cookie: u64, netns_cookie: u64, after_ns: u64) {
+        let now_ns = super::now().boot_ns;
+        self.due.insert((now_ns + after_ns, cookie), netns_cookie);
+        if after_ns == 0 {
+            self.destroy_due(now_ns);
+        }
+    }
+
+    fn flow_exists(&mut self, cookie: u64) -> bool {
+        self.maps.live.flows.get(&cookie, 0).is_ok()
+    }
+
+    fn peer(&mut self, cookie: u64) -> String {
+        match self.maps.live.flows.get(&cookie, 0) {
+            Ok(flow) => socket_addr(flow.peer).to_string(),
+            Err(_) => "gone".into(),
+        }
+    }
+
+    fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), KernelError> {
+        Ok(self.maps.set_verdict(digest, verdict)?)
+    }
+
+    fn grant(&mut self, slot: u32) -> Result<Grant, KernelError> {
+        Ok(self.maps.live.grants.get(&slot, 0)?)
+    }
+
+    fn set_grant(&mut self, slot: u32, grant: &Grant) -> Result<(), KernelError> {
+        Ok(self.maps.set_grant(slot, grant)?)
+    }
+
+    fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), KernelError> {
+        Ok(self.maps.set_grant_label(slot, label)?)
+    }
+
+    fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), KernelError> {
+        Ok(self.maps.set_reply(id, reply)?)
+    }
+
+    fn count(&mut self, reason: &'static str) {
+        if let Err(error) = self.maps.add_reason(reason) {
+            error!(reason, %error, "a refusal could not be counted");
+        }
+    }
+}
+
+/// An address of the ABI as people write it.
+fn socket_addr(key: EndpointKey) -> SocketAddr {
+    let addr: IpAddr = if key.family == FAMILY_V4 {
+        Ipv4Addr::new(key.addr[0], key.addr[1], key.addr[2], key.addr[3]).into()
+    } else {
+        Ipv6Addr::from(key.addr).into()
+    };
+    SocketAddr::new(addr, key.port)
+}

@@ -1,0 +1,206 @@
+//! The daemon: brings the kernel programs to life, feeds the core, and takes them down again.
+
+mod kernel;
+pub mod selftest;
+mod setup;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use aya::maps::{MapData, RingBuf};
+use enforcer_common::abi::PuntHeader;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::{error, info, warn};
+
+use crate::core::{Engine, KeyRequest, Now};
+use crate::datapath::PinDir;
+use crate::keys::{BootInstant, KeyManager, KeyManagerHandle};
+use crate::lifecycle::lock::DaemonLock;
+use crate::lifecycle::{paths, unload};
+use crate::policy;
+use kernel::Kernel;
+
+/// How often the daemon shows the kernel that it lives.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// How old the last sign of life may be for unknown heads to be parked; after it the kernel answers 503.
+pub const HEARTBEAT_LIMIT: Duration = Duration::from_secs(5);
+/// How long the start waits for the issuers' keys.
+const KEYS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Records after which other work gets its turn.
+const BATCH: usize = 512;
+
+/// How the daemon is to run.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// The policy file.
+    pub policy: PathBuf,
+    /// Cgroup whose processes are guarded; the root of the cgroup2 hierarchy when absent.
+    pub cgroup: Option<PathBuf>,
+    /// Where a bpffs is mounted, or will be.
+    pub bpffs: PathBuf,
+    /// Name of the pin directory.
+    pub pin_name: String,
+    /// SIGTERM leaves the enforcement in the kernel.
+    pub keep: bool,
+    /// How long connections may go on at the end, before they are destroyed.
+    pub drain_timeout: Duration,
+}
+
+/// Both clocks, now.
+fn now() -> Now {
+    let unix_secs = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    Now { boot_ns: BootInstant::now().since_boot().as_nanos() as u64, unix_secs }
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// Whatever keeps the enforcement from standing; nothing stays attached then.
+pub fn run(options: &RunOptions) -> anyhow::Result<()> {
+    let (policy, warnings) = policy::load(&options.policy)?;
+    for warning in &warnings {
+        warn!("{warning}");
+    }
+    let lock = DaemonLock::acquire(&options.pin_name)?;
+    let bpffs = paths::ensure_bpffs(&options.bpffs)?;
+    let cgroup = match &options.cgroup {
+        Some(path) => path.clone(),
+        None => paths::cgroup2_mount()?,
+    };
+    // Before any thread exists: the test forks.
+    let report = selftest::run(&bpffs).context("this kernel does not carry the datapath; not enforcing")?;
+    info!(%report, "datapath self-test passed");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let result = runtime.block_on(enforce(options, &Arc::new(policy), &bpffs, &cgroup));
+    drop(lock);
+    result
+}
+
+async fn enforce(
+    options: &RunOptions,
+    policy: &Arc<policy::Policy>,
+    bpffs: &std::path::Path,
+    cgroup: &std::path::Path,
+) -> anyhow::Result<()> {
+    let pins = PinDir::new(bpffs.join(&options.pin_name));
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let keys = KeyManager::start(Arc::clone(policy));
+    if !keys.wait_initial(KEYS_TIMEOUT).await {
+        for status in keys.status().iter().filter(|status| status.key_count == 0) {
+            warn!(issuer = status.name, error = ?status.last_error, "no keys yet; its tokens are refused with 503");
+        }
+    }
+    let (mut engine, mut kernel, ring) = setup::bring_up(policy, &pins, cgroup)?;
+    let listeners = policy.servers.iter().map(|server| server.listen.len()).sum::<usize>();
+    info!(
+        servers = policy.servers.len(),
+        listeners,
+        mode = ?policy.mode,
+        cgroup = %cgroup.display(),
+        pins = %pins.path().display(),
+        "ready"
+    );
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    let drain = async {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    };
+    tokio::pin!(drain);
+    let mut deadline: Option<Instant> = None;
+    let mut ring = AsyncFd::new(ring)?;
+    let (answers, mut refreshed) = mpsc::channel(1024);
+    let mut heartbeat = tokio::time::interval(HEARTBEAT);
+    loop {
+        tokio::select! {
+            biased;
+            reason = &mut drain, if deadline.is_none() => {
+                let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+                if options.keep {
+                    info!(reason, "stopping; the enforcement stays in the kernel, unknown requests get 503");
+                    return Ok(());
+                }
+                info!(reason, "stopping; new connections are not guarded any more, guarded ones may finish");
+                unload::start_draining(&pins)?;
+                deadline = Some(Instant::now() + options.drain_timeout);
+            }
+            guard = ring.readable_mut() => {
+                let mut guard = guard?;
+                let more = read(guard.get_inner_mut(), &mut engine, &mut kernel, &keys);
+                if !more {
+                    guard.clear_ready();
+                }
+                ask_for_keys(&mut engine, &keys, &answers);
+            }
+            Some(KeyRequest { cookie, epoch, .. }) = refreshed.recv() => {
+                engine.keys_refreshed(cookie, epoch, now(), &keys.snapshot(), &mut kernel);
+            }
+            _ = heartbeat.tick() => {
+                if let Err(error) = kernel.heartbeat(now().boot_ns) {
+                    error!(%error, "cannot write the heartbeat; the kernel will refuse unknown requests");
+                }
+                engine.tick(now(), &mut kernel);
+                kernel.destroy_due(now().boot_ns);
+                if let Some(deadline) = deadline
+                    && (kernel.no_flows() || Instant::now() >= deadline)
+                {
+                    break;
+                }
+            }
+        }
+    }
+    let report = unload::finish(&pins, Duration::from_secs(2))?;
+    info!(%report, "enforcement removed");
+    Ok(())
+}
+
+/// Reads what is in the ring buffer; whether there may be more.
+fn read(
+    ring: &mut RingBuf<MapData>,
+    engine: &mut Engine,
+    kernel: &mut Kernel,
+    keys: &KeyManagerHandle,
+) -> bool {
+    let snapshot = keys.snapshot();
+    let mut more = true;
+    for _ in 0..BATCH {
+        let Some(record) = ring.next() else {
+            more = false;
+            break;
+        };
+        let Some((header, bytes)) = split(&record) else {
+            error!(length = record.len(), "malformed record in the ring buffer");
+            continue;
+        };
+        engine.record(&header, bytes, now(), &snapshot, kernel);
+    }
+    engine.end_batch(kernel);
+    more
+}
+
+/// Header and bytes of a record.
+fn split(record: &[u8]) -> Option<(PuntHeader, &[u8])> {
+    let (header, bytes) = record.split_at_checked(size_of::<PuntHeader>())?;
+    // SAFETY: the header is `repr(C)`, integers only, and the slice has its size.
+    let header = unsafe { header.as_ptr().cast::<PuntHeader>().read_unaligned() };
+    Some((header, bytes.get(..header.len_bytes as usize)?))
+}
+
+fn ask_for_keys(engine: &mut Engine, keys: &KeyManagerHandle, answers: &mpsc::Sender<KeyRequest>) {
+    for request in engine.take_key_requests() {
+        let (keys, answers) = (keys.clone(), answers.clone());
+        tokio::spawn(async move {
+            keys.refresh_for_unknown_kid(&request.issuer, &request.kid).await;
+            let _ = answers.send(request).await;
+        });
+    }
+}

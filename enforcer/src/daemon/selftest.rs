@@ -1,0 +1,401 @@
+//! Does this kernel carry the datapath? Tried, not read off a version number: some kernels lose or stall bytes after the first
+//! injected request.
+//!
+//! A process of our own, in a cgroup of its own, accepts one loopback connection under the real programs. Four requests go over
+//! it: two through the slow path, one that the kernel knows, and one that the kernel refuses by itself.
+
+use std::fmt;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use aya::maps::{MapData, RingBuf};
+use enforcer_common::abi::{
+    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, Grant, MODE_ENFORCE, PUNT_DATA, PuntHeader,
+    REPLY_MAX_BYTES, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
+};
+use enforcer_common::digest::{DigestKey, KEY_WORDS};
+use enforcer_common::flow::{Ctl, State};
+use enforcer_common::head;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork, pipe};
+
+use crate::datapath::{self, Injectors, Maps, PinDir};
+use crate::lifecycle::paths;
+
+/// How long one step may take.
+const STEP: Duration = Duration::from_secs(3);
+const ENDPOINT_ID: u32 = 0;
+const GENERATION: u64 = 1;
+/// What the self-test's server answers.
+const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+/// What the kernel answers to the request that it refuses: 20 bytes of head less the padding.
+const REFUSAL_HEAD: &str = "HTTP/1.1 401 Unauthorized\r\nContent-Length:     \r\n\r\n";
+
+/// What was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SelfTestReport {
+    /// Requests that went through the slow path.
+    pub slow: u32,
+    /// Requests that the kernel passed by itself.
+    pub fast: u32,
+    /// Requests that the kernel refused by itself.
+    pub refused: u32,
+}
+
+impl fmt::Display for SelfTestReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} slow, {} fast, {} refused in the kernel", self.slow, self.fast, self.refused)
+    }
+}
+
+/// What does not work.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfTestError {
+    /// The test could not be set up.
+    #[error("cannot set up the self-test: {0}")]
+    Setup(String),
+    /// The kernel refused the programs.
+    #[error(transparent)]
+    Load(#[from] datapath::LoadError),
+    /// A request did not reach the daemon.
+    #[error("request {request} did not reach the daemon within {} s: bytes on guarded sockets are not seen", STEP.as_secs())]
+    NotPunted {
+        /// Which of the four.
+        request: u32,
+    },
+    /// A request was not answered.
+    #[error(
+        "request {request} ({path}) was not answered within {} s: this kernel stalls a connection after injected bytes (known of 6.12.43 to \
+         6.12.74, 6.16, 6.17 and 6.18 before 6.18.15); use another kernel",
+        STEP.as_secs()
+    )]
+    NotAnswered {
+        /// Which of the four.
+        request: u32,
+        /// Which way it should have gone.
+        path: &'static str,
+    },
+    /// An answer was wrong.
+    #[error("request {request} ({path}) got a wrong answer: {got:?}")]
+    WrongAnswer {
+        /// Which of the four.
+        request: u32,
+        /// Which way it should have gone.
+        path: &'static str,
+        /// What came.
+        got: String,
+    },
+}
+
+fn setup(error: impl fmt::Display) -> SelfTestError {
+    SelfTestError::Setup(error.to_string())
+}
+
+/// Runs the test. Forks, so call it before any thread is started.
+///
+/// # Errors
+/// See [`SelfTestError`]. Nothing stays behind.
+pub fn run(bpffs: &Path) -> Result<SelfTestReport, SelfTestError> {
+    let name = format!("enforcer-selftest-{}", std::process::id());
+    let cgroup = TempCgroup::new(&paths::cgroup2_mount().map_err(setup)?.join(&name))?;
+    let pins = PinDir::new(bpffs.join(&name));
+    let mut loaded = datapath::load(&pins)?;
+    let mut maps = Maps::open(&pins).map_err(setup)?;
+    let ring = Maps::punts(&pins).map_err(setup)?;
+    let injectors = Injectors::new(&mut maps).map_err(setup)?;
+    loaded.attach(&cgroup.0)?;
+    let server = Server::start(&cgroup.0)?;
+    let mut bench = Bench { maps, ring, injectors, digest_key: Box::new(DigestKey { words: key_words() }) };
+    bench.configure(server.addr).map_err(setup)?;
+    // `loaded` was not committed: its pins go when it is dropped, after the server's socket.
+    let result = bench.four_requests(server.addr);
+    drop(server);
+    drop(loaded);
+    result
+}
+
+/// A fixed key will do: nobody attacks the self-test.
+fn key_words() -> [u64; KEY_WORDS] {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    std::array::from_fn(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state ^ state >> 31
+    })
+}
+
+struct Bench {
+    maps: Maps,
+    ring: RingBuf<MapData>,
+    injectors: Injectors,
+    digest_key: Box<DigestKey>,
+}
+
+impl Bench {
+    fn configure(&mut self, addr: SocketAddr) -> Result<(), datapath::LiveError> {
+        self.maps.set_digest_key(&self.digest_key)?;
+        let mut key = EndpointKey { addr: [0; 16], port: addr.port(), family: FAMILY_V4, zero: 0 };
+        key.addr[..4].copy_from_slice(&Ipv4Addr::LOCALHOST.octets());
+        self.maps.set_endpoint(key, Endpoint { endpoint_id: ENDPOINT_ID, unavailable_reply_id: 0 })?;
+        let mut bytes = [b' '; REPLY_MAX_BYTES];
+        bytes[..REFUSAL_HEAD.len()].copy_from_slice(REFUSAL_HEAD.as_bytes());
+        self.maps.set_reply(
+            0,
+            &Reply {
+                min_bytes: REFUSAL_HEAD.len() as u32,
+                head_bytes: REFUSAL_HEAD.len() as u32,
+                content_length_at: REFUSAL_HEAD.find("    \r").unwrap_or_default() as u32,
+                status: 401,
+                bytes,
+            },
+        )?;
+        let now_ns = super::now().boot_ns;
+        self.maps.set_config(Config {
+            abi_version: ABI_VERSION,
+            mode: MODE_ENFORCE,
+            generation: GENERATION,
+            heartbeat_ns: now_ns,
+            heartbeat_limit_ns: u64::MAX / 2,
+            loaded_ns: now_ns,
+            daemon_pid: std::process::id(),
+            draining: 0,
+        })
+    }
+
+    fn four_requests(&mut self, addr: SocketAddr) -> Result<SelfTestReport, SelfTestError> {
+        let mut client = TcpStream::connect_timeout(&addr, STEP).map_err(setup)?;
+        client.set_read_timeout(Some(STEP)).map_err(setup)?;
+        client.set_nodelay(true).map_err(setup)?;
+        let known = request("/known");
+        let refused = request("/refused");
+        self.verdict(&known, VERDICT_ALLOW).map_err(setup)?;
+        self.verdict(&refused, VERDICT_DENY).map_err(setup)?;
+        for number in 1..=2 {
+            client.write_all(request("/unknown").as_bytes()).map_err(setup)?;
+            self.carry(number)?;
+            expect(&mut client, number, "slow path", b"HTTP/1.1 200")?;
+        }
+        client.write_all(known.as_bytes()).map_err(setup)?;
+        expect(&mut client, 3, "fast path", b"HTTP/1.1 200")?;
+        client.write_all(refused.as_bytes()).map_err(setup)?;
+        expect(&mut client, 4, "refusal in the kernel", b"HTTP/1.1 401")?;
+        Ok(SelfTestReport { slow: 2, fast: 1, refused: 1 })
+    }
+
+    fn verdict(&mut self, request: &str, kind: u32) -> Result<(), datapath::LiveError> {
+        let Ok((info, digest)) = head::analyze_bytes(request.as_bytes(), &self.digest_key, ENDPOINT_ID) else {
+            return Ok(());
+        };
+        let serial = 1;
+        let far_ns = u64::MAX;
+        self.maps.set_grant(
+            0,
+            &Grant {
+                serial,
+                deadline_ns: far_ns,
+                generation: GENERATION,
+                workload_id: 0,
+                principal_id: 0,
+                granted_ns: 0,
+                expires_at_unix_secs: 0,
+                requests: 0,
+                fingerprint: [0; 16],
+                buckets: [0; 8],
+                server_id: 0,
+                revoked: 0,
+            },
+        )?;
+        self.maps.set_verdict(
+            digest,
+            Verdict {
+                kind,
+                index: 0,
+                grant_serial: serial,
+                generation: GENERATION,
+                deadline_ns: far_ns,
+                server_id: 0,
+                head_bytes: info.head_bytes,
+            },
+        )
+    }
+
+    /// Does the daemon's part for one request that was punted whole.
+    fn carry(&mut self, request: u32) -> Result<(), SelfTestError> {
+        let end = Instant::now() + STEP;
+        loop {
+            if let Some(record) = self.ring.next() {
+                let Some((header, bytes)) = super::split(&record) else { return Err(setup("malformed record")) };
+                let PuntHeader { cookie, epoch, kind, len_bytes, .. } = header;
+                if kind != PUNT_DATA {
+                    continue;
+                }
+                let punted = Ctl::new(State::Punted, epoch, u64::from(len_bytes));
+                self.injectors.to_server(0, cookie, punted, bytes).map_err(setup)?;
+                let head = Ctl::new(State::Head, epoch, 0);
+                return self.injectors.hand_back(cookie, punted, head, 0, 0, 0).map_err(setup);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(SelfTestError::NotPunted { request });
+            }
+            let fd = self.ring.as_fd();
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout);
+        }
+    }
+}
+
+/// A request long enough for the kernel's refusal to fit.
+fn request(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: self-test\r\nX-Padding: {}\r\n\r\n", "x".repeat(100))
+}
+
+fn expect(
+    client: &mut TcpStream,
+    request: u32,
+    path: &'static str,
+    start: &[u8],
+) -> Result<(), SelfTestError> {
+    let mut got = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match client.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => {
+                got.extend_from_slice(&buffer[..length]);
+                if complete(&got) {
+                    break;
+                }
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                return Err(SelfTestError::NotAnswered { request, path });
+            }
+            Err(error) => return Err(setup(error)),
+        }
+    }
+    if got.starts_with(start) {
+        Ok(())
+    } else {
+        Err(SelfTestError::WrongAnswer { request, path, got: String::from_utf8_lossy(&got).into_owned() })
+    }
+}
+
+/// Whether a response with `Content-Length` is whole.
+fn complete(response: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(response);
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
+    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length:"));
+    length.and_then(|value| value.trim().parse().ok()).is_some_and(|length: usize| body.len() >= length)
+}
+
+struct TempCgroup(PathBuf);
+
+impl TempCgroup {
+    fn new(path: &Path) -> Result<Self, SelfTestError> {
+        std::fs::create_dir(path).map_err(|error| setup(format!("{}: {error}", path.display())))?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for TempCgroup {
+    fn drop(&mut self) {
+        // Empty as soon as the kernel has forgotten the server's process.
+        for _ in 0..50 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// A child process that serves one connection.
+struct Server {
+    child: Pid,
+    addr: SocketAddr,
+}
+
+impl Server {
+    fn start(cgroup: &Path) -> Result<Self, SelfTestError> {
+        let procs = cgroup.join("cgroup.procs");
+        let (read, write) = pipe().map_err(setup)?;
+        // SAFETY: the caller promises that there is one thread; the child calls nothing but what is written here, and exits.
+        match unsafe { fork() }.map_err(setup)? {
+            ForkResult::Child => {
+                drop(read);
+                let _ = serve(&procs, &write);
+                // SAFETY: ends the child without running the parent's destructors.
+                unsafe { libc::_exit(0) }
+            }
+            ForkResult::Parent { child } => {
+                drop(write);
+                let server = Self { child, addr: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)) };
+                let mut port = [0; 2];
+                std::fs::File::from(read)
+                    .read_exact(&mut port)
+                    .map_err(|_| setup("the self-test's server did not start"))?;
+                let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, u16::from_ne_bytes(port)));
+                let addr_server = Self { child: server.child, addr };
+                std::mem::forget(server);
+                Ok(addr_server)
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = kill(self.child, Signal::SIGKILL);
+        let _ = waitpid(self.child, None);
+    }
+}
+
+/// The child: joins the cgroup, listens, tells its port, answers each request. A timer ends it in any case.
+fn serve(procs: &Path, port: &OwnedFd) -> std::io::Result<()> {
+    // SAFETY: no memory involved.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::alarm(60);
+    }
+    std::fs::write(procs, "0")?;
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let bytes = listener.local_addr()?.port().to_ne_bytes();
+    nix::unistd::write(port.as_fd(), &bytes)?;
+    let (mut stream, _) = listener.accept()?;
+    let mut request = Vec::new();
+    let mut buffer = [0; 1024];
+    loop {
+        let length = stream.read(&mut buffer)?;
+        if length == 0 {
+            return Ok(());
+        }
+        request.extend_from_slice(&buffer[..length]);
+        if request.ends_with(b"\r\n\r\n") {
+            request.clear();
+            stream.write_all(ANSWER)?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_hold_the_refusal() {
+        assert!(request("/refused").len() > REFUSAL_HEAD.len());
+        assert!(complete(ANSWER));
+        assert!(!complete(&ANSWER[..ANSWER.len() - 1]));
+        assert_eq!(&REFUSAL_HEAD[REFUSAL_HEAD.find("    \r").unwrap()..][..4], "    ");
+    }
+
+    #[test]
+    fn key_is_not_all_equal() {
+        let words = key_words();
+        assert!(words.windows(2).all(|pair| pair[0] != pair[1]));
+    }
+}

@@ -1,0 +1,104 @@
+//! From a policy to programs that guard its servers.
+
+use anyhow::Context;
+use aya::maps::{MapData, RingBuf};
+use enforcer_common::abi::{
+    ABI_VERSION, Config, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text,
+};
+use enforcer_common::digest::{DigestKey, KEY_WORDS};
+use ring::rand::{SecureRandom, SystemRandom};
+use std::path::Path;
+use std::time::Duration;
+use tracing::info;
+
+use super::kernel::Kernel;
+use crate::core::{Endpoints, Engine, Secrets};
+use crate::datapath::{self, Injectors, Maps, PinDir};
+use crate::http::answer;
+use crate::lifecycle::unload;
+use crate::policy::{Mode, Policy};
+use crate::token::Fingerprinter;
+
+/// Retry-After of the answer that the kernel gives while no daemon lives.
+const UNAVAILABLE_RETRY_SECS: u32 = 5;
+
+/// Loads the programs, writes the policy into their maps, and attaches them. On an error nothing stays.
+pub(super) fn bring_up(
+    policy: &Policy,
+    pins: &PinDir,
+    cgroup: &Path,
+) -> anyhow::Result<(Engine, Kernel, RingBuf<MapData>)> {
+    let staging = pins.staging();
+    // What a start that was killed left behind; nothing is attached there for more than an instant.
+    staging.remove().with_context(|| format!("cannot remove {}", staging.path().display()))?;
+    let mut loaded = datapath::load(&staging)?;
+    let mut maps = Maps::open(&staging)?;
+    let ring = Maps::punts(&staging)?;
+    let secrets = secrets()?;
+    maps.set_digest_key(&secrets.digest)?;
+    let injectors = Injectors::new(&mut maps)?;
+
+    let now_ns = super::now().boot_ns;
+    // Grants and verdicts of another load are in other maps; a generation from the clock keeps even a mix-up harmless.
+    let generation = now_ns;
+    let endpoints = Endpoints::of(policy);
+    let mut engine = Engine::new(endpoints.clone(), generation, now_ns, secrets);
+    let mut kernel = Kernel::new(maps, injectors);
+    let unavailable = answer::unavailable("daemon-unavailable", UNAVAILABLE_RETRY_SECS).finish("POST");
+    let unavailable_reply_id = engine
+        .replies()
+        .id(&unavailable, &mut kernel)
+        .context("the answer for a dead daemon has no template")?;
+    for (id, server) in policy.servers.iter().enumerate() {
+        let listen: Vec<String> = server.listen.iter().map(ToString::to_string).collect();
+        let label = ServerLabel {
+            name: text(&server.name),
+            resource: text(&server.resource),
+            path: text(&server.path),
+            listen: text(&listen.join(", ")),
+        };
+        kernel.maps().set_server_label(id as u32, &label)?;
+    }
+    for (id, endpoint) in endpoints.0.iter().enumerate() {
+        let value = Endpoint { endpoint_id: id as u32, unavailable_reply_id };
+        kernel.maps().set_endpoint(endpoint.key, value)?;
+    }
+    kernel.maps().set_config(Config {
+        abi_version: ABI_VERSION,
+        mode: match policy.mode {
+            Mode::Enforce => MODE_ENFORCE,
+            Mode::Observe => MODE_OBSERVE,
+        },
+        generation,
+        heartbeat_ns: now_ns,
+        heartbeat_limit_ns: super::HEARTBEAT_LIMIT.as_nanos() as u64,
+        loaded_ns: now_ns,
+        daemon_pid: std::process::id(),
+        draining: 0,
+    })?;
+    loaded.attach(cgroup)?;
+    if pins.exists() {
+        // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed here; a
+        // connection that both would tag in between is cut off.
+        info!(pins = %pins.path().display(), "taking over from an earlier daemon; its connections are closed");
+        unload::start_draining(pins)?;
+        unload::finish(pins, Duration::from_secs(2))?;
+    }
+    loaded.commit(pins)?;
+    Ok((engine, kernel, ring))
+}
+
+fn secrets() -> anyhow::Result<Secrets> {
+    let random = SystemRandom::new();
+    let mut fingerprint = [0; 32];
+    let mut words = vec![0_u8; KEY_WORDS * 8];
+    random
+        .fill(&mut fingerprint)
+        .and_then(|()| random.fill(&mut words))
+        .map_err(|_| anyhow::anyhow!("the kernel gave no random bytes"))?;
+    let mut digest = Box::new(DigestKey { words: [0; KEY_WORDS] });
+    for (word, bytes) in digest.words.iter_mut().zip(words.chunks_exact(8)) {
+        *word = bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    }
+    Ok(Secrets { digest, fingerprint: Fingerprinter::new(fingerprint) })
+}
