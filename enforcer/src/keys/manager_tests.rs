@@ -47,10 +47,11 @@ impl Site {
                 let (tls, answers, requests) = (tls.clone(), Arc::clone(&answers), Arc::clone(&requests));
                 tokio::spawn(async move {
                     match tls {
-                        Some(tls) => match tls.accept(stream).await {
-                            Ok(stream) => answer(stream, &answers, &requests).await,
-                            Err(_) => {}
-                        },
+                        Some(tls) => {
+                            if let Ok(stream) = tls.accept(stream).await {
+                                answer(stream, &answers, &requests).await;
+                            }
+                        }
                         None => answer(stream, &answers, &requests).await,
                     }
                 });
@@ -319,7 +320,7 @@ async fn a_server_that_never_answers_costs_five_seconds() {
     let begin = Instant::now();
     let error = keys_of(&site.issuer(KeySource::Url(site.url("/hang")))).await.unwrap_err();
     assert!(matches!(error, FetchError::Request { .. }), "{error}");
-    assert!((4..8).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+    assert!((4..11).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
 }
 
 #[tokio::test]
