@@ -217,6 +217,24 @@ async fn a_changed_file_is_read_again_and_a_broken_one_keeps_the_keys() {
     assert_eq!(handle.status()[0].last_error, None);
 }
 
+/// Same inode, size and mtime: what a copy that keeps times leaves behind.
+#[tokio::test]
+async fn a_file_changed_under_a_restored_mtime_is_read_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("keys.json");
+    std::fs::write(&path, jwks(&["k1"])).unwrap();
+    let issuer =
+        Issuer { keys: KeySource::File(path.clone()), ..issuer("main", "https://issuer.example.com") };
+    let (_, stamp) = fetch(&issuer, None).await.unwrap();
+    assert!(matches!(fetch(&issuer, stamp).await.unwrap().0, Fetched::Unchanged));
+    let mtime = std::fs::metadata(&path).unwrap().modified().unwrap();
+    // Longer than the kernel's time granularity (one tick).
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    std::fs::write(&path, jwks(&["k2"])).unwrap();
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(mtime).unwrap();
+    assert!(matches!(fetch(&issuer, stamp).await.unwrap().0, Fetched::Keys(set) if set.contains("k2")));
+}
+
 #[tokio::test]
 async fn files_are_regular_and_bounded() {
     let directory = tempfile::tempdir().unwrap();
