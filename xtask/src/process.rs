@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::workspace::BPF_OBJECT_VARIABLE;
+
 /// How often a running step is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -20,12 +22,13 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 /// programs, and after five seconds for good.
 const GUARD_SCRIPT: &str = r#"read -r _; kill -s TERM -- "-$1" || exit 0; sleep 5; kill -s KILL -- "-$1""#;
 
-/// A command as a user would type it, with the variables that make a difference to what it does.
+/// A command as a user would type it, with the variables that make a difference to what it does. The object's place
+/// is left out: without the variable, the build script looks in the same place.
 pub(crate) fn shown(command: &Command) -> String {
     let mut text = String::new();
     for (name, value) in command.get_envs() {
         let (name, Some(value)) = (name.to_string_lossy(), value) else { continue };
-        if name.starts_with("ENFORCER_") || name.starts_with("RUSTC") {
+        if (name.starts_with("ENFORCER_") && name != BPF_OBJECT_VARIABLE) || name.starts_with("RUSTC") {
             text.push_str(&format!("{name}={} ", value.display()));
         }
     }
