@@ -16,6 +16,9 @@ use crate::workspace::{BPF_PACKAGE, Workspace};
 /// A longer file is a hint that it holds two subjects.
 const MOST_LINES_PER_FILE: usize = 450;
 
+/// The step that repairs itself.
+const FORMAT: &str = "format";
+
 /// A named step and how it ended.
 type Step = (&'static str, Result<()>);
 
@@ -24,7 +27,7 @@ pub(crate) fn check(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<(
     // First, because the daemon's crate embeds the object: nothing that includes it compiles without.
     build::bpf_object(workspace, toolchain)?;
     let steps: Vec<Step> = vec![
-        ("format", run(workspace.cargo().args(["fmt", "--all", "--check"]))),
+        (FORMAT, run(workspace.cargo().args(["fmt", "--all", "--check"]))),
         ("lints of the host crates", host_clippy(workspace)),
         (
             "lints of the kernel programs",
@@ -45,7 +48,8 @@ pub(crate) fn check(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<(
         }
     }
     if !failed.is_empty() {
-        bail!("checks failed: {} (`cargo fmt --all` repairs the format)", failed.join(", "));
+        let hint = if failed.contains(&FORMAT) { "; `cargo fmt --all` repairs the format" } else { "" };
+        bail!("checks failed: {}{hint}", failed.join(", "));
     }
     Ok(())
 }

@@ -2,12 +2,15 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+
+use crate::workspace::BPF_OBJECT_VARIABLE;
 
 /// How often a running step is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -19,9 +22,20 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 /// programs, and after five seconds for good.
 const GUARD_SCRIPT: &str = r#"read -r _; kill -s TERM -- "-$1" || exit 0; sleep 5; kill -s KILL -- "-$1""#;
 
-/// A command as a user would type it.
+/// A command as a user would type it, with the variables that make a difference to what it does. The object's place
+/// is left out: without the variable, the build script looks in the same place.
 pub(crate) fn shown(command: &Command) -> String {
-    let mut text = command.get_program().to_string_lossy().into_owned();
+    let mut text = String::new();
+    for (name, value) in command.get_envs() {
+        let (name, Some(value)) = (name.to_string_lossy(), value) else { continue };
+        if (name.starts_with("ENFORCER_") && name != BPF_OBJECT_VARIABLE) || name.starts_with("RUSTC") {
+            text.push_str(&format!("{name}={} ", value.display()));
+        }
+    }
+    let program = Path::new(command.get_program());
+    // Cargo tells its whole path; users type its name.
+    let name = program.file_name().filter(|name| *name == "cargo").unwrap_or(program.as_os_str());
+    text.push_str(&name.to_string_lossy());
     for argument in command.get_args() {
         let argument = argument.to_string_lossy();
         text.push(' ');
@@ -187,9 +201,9 @@ mod tests {
 
     #[test]
     fn quotes_what_a_shell_would_split() {
-        let mut command = Command::new("cargo");
-        command.args(["test", "a b", "it's", "--x=1", ""]);
-        assert_eq!(shown(&command), r"cargo test 'a b' it\'s --x=1 ''".replace(r"it\'s", r"'it'\''s'"));
+        let mut command = Command::new("/somewhere/bin/cargo");
+        command.args(["test", "a b", "it's", "--x=1", ""]).env("ENFORCER_BIN", "/e").env("HOME", "/h");
+        assert_eq!(shown(&command), r"ENFORCER_BIN=/e cargo test 'a b' 'it'\''s' --x=1 ''");
     }
 
     #[test]

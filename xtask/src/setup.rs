@@ -9,7 +9,8 @@ use anyhow::{Result, bail};
 use crate::probe::{self, Linker, version_of};
 use crate::process::{run, shown};
 use crate::toolchain::{
-    Choice, Compiler, LINKER_LLVM_MAJOR, LINKER_VERSION, OLDEST_RUSTC, Remedy, choose, major_minor, remedies,
+    Choice, Compiler, LINKER_LLVM_MAJOR, LINKER_VERSION, LinkProbe, OLDEST_RUSTC, Remedy, choose,
+    major_minor, remedies,
 };
 use crate::workspace::Workspace;
 
@@ -189,13 +190,21 @@ fn bpf_compiler(workspace: &Workspace, compilers: &[Compiler], choice: &Choice<'
         None if reasons.is_empty() => Err("no compiler found".into()),
         None => Err(reasons.join("; ")),
     };
+    // When a compiler fails by the link alone, the linker is the gap, and no other compiler closes it.
+    let blame_linker = choose(&untried(compilers)).compiler.is_some();
+    let fixes = if blame_linker { Vec::new() } else { compiler_fixes(workspace, compilers) };
     Need {
         name: "kernel-program rustc",
         purpose: "builds `core` and the eBPF programs from source",
         found,
         optional: false,
-        fixes: compiler_fixes(workspace, compilers),
+        fixes,
     }
+}
+
+/// The same compilers, as if no linker were installed.
+fn untried(compilers: &[Compiler]) -> Vec<Compiler> {
+    compilers.iter().map(|compiler| Compiler { link: LinkProbe::NotTried, ..compiler.clone() }).collect()
 }
 
 fn compiler_fixes(workspace: &Workspace, compilers: &[Compiler]) -> Vec<Fix> {

@@ -118,7 +118,9 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let mut command = self.cargo_test(selection);
-        command.arg("--").args(&self.options.filters);
+        if !self.options.filters.is_empty() {
+            command.arg("--").args(&self.options.filters);
+        }
         let outcome = run_bounded(&mut command, limit)?;
         let tally = tally_step(outcome.lines.iter().map(String::as_str), outcome.success);
         eprintln!("== {name}: {tally}, {:.1} s", outcome.took.as_secs_f64());
@@ -126,7 +128,7 @@ impl<'a> Session<'a> {
         if outcome.timed_out {
             let limit = limit.as_secs();
             self.failed_steps.push(format!(
-                "{name}: not done after {limit} s, ended; the last test named above was running (--step-limit-s)"
+                "{name}: not done after {limit} s and ended (--step-limit-s); the tests without a result above were running"
             ));
         } else if !outcome.success {
             self.failed_steps.push(format!("{name}: run again with `{}`", shown(&command)));
