@@ -209,6 +209,9 @@ pub fn typical_request(host: &str, path: &str, token: Option<&str>) -> Vec<u8> {
     }
     request
         .header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+        .header("tracestate", "es=s:1,vendor=00f067aa0ba902b7")
+        .header("x-request-id", "0b54d5f7-3a39-4f43-8e7b-6b8d0a5f1c9e")
+        .header("Accept-Encoding", "gzip, deflate, br")
         .header("Connection", "keep-alive")
         .body(body)
         .build()
