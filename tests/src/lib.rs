@@ -1,1 +1,23 @@
-//! Test support.
+//! Support for the end-to-end tests, the demo and the benchmark: guards that clean up after
+//! themselves, a token issuer, clients that send exact bytes, and the servers behind the enforcer.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`guard`] | cgroups, network namespaces, child processes, time limits |
+//! | [`issuer`] | signing keys, tokens with any defect, JWKS and metadata over loopback HTTP |
+//! | [`raw`] | an HTTP/1.1 client that sends exactly the bytes it is given, in any segmentation |
+//! | [`recorder`] | a server that records what it read |
+//! | [`bench_server`] | the light epoll server behind the benchmark |
+//! | [`load`] | the closed-loop load generator and its CPU accounting |
+//! | [`peers`] | HTTP servers of other makers: Python, Node, axum |
+//! | [`mcp`] | an MCP server and client on the official SDK |
+
+pub mod bench_server;
+pub mod guard;
+pub mod issuer;
+pub mod load;
+pub mod mcp;
+pub mod peers;
+pub mod raw;
+pub mod recorder;
+mod wire;
