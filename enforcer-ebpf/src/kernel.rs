@@ -3,15 +3,16 @@
 use core::ffi::c_void;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::sk_action::SK_DROP;
 use aya_ebpf::helpers::{
-    bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_loop, bpf_skb_load_bytes, bpf_skb_store_bytes,
-    bpf_skc_to_tcp_sock,
+    bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_loop, bpf_sk_redirect_map, bpf_skb_load_bytes,
+    bpf_skb_store_bytes, bpf_skc_to_tcp_sock,
 };
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{Config, Counter};
 use enforcer_common::flow::Ctl;
 
-use crate::maps::{CONFIG, COUNTERS};
+use crate::maps::{CONFIG, COUNTERS, SINK};
 
 /// A helper failed.
 pub(crate) struct Failed;
@@ -21,6 +22,8 @@ pub(crate) struct Failed;
 static TCP_WRITE_SEQ_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 static TCP_SND_UNA_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static RECEIVE_QUEUE_LEN_OFFSET: u32 = 0;
 
 /// Adds one to a counter.
 #[inline(always)]
@@ -172,24 +175,51 @@ impl Skb<'_> {
         if result == 0 { Ok(()) } else { Err(Failed) }
     }
 
-    /// The server's next sequence number to write, and the oldest one that its client has not acknowledged.
+    /// The kernel's record of the server's socket.
     #[inline(always)]
-    pub(crate) fn sequences(&self) -> Option<(u32, u32)> {
-        // SAFETY: the verifier checks the context access, and that the pointers are compared with null. The offsets are
-        // constants to the verifier (the loader freezes them), which checks that they name a 32-bit field.
+    fn tcp_sock(&self) -> Option<*const u8> {
+        // SAFETY: the verifier checks the context access, and that the pointers are compared with null.
         unsafe {
             let sk = (*self.raw()).__bindgen_anon_2.sk;
             if sk.is_null() {
                 return None;
             }
             let tcp = bpf_skc_to_tcp_sock(sk.cast()).cast::<u8>();
-            if tcp.is_null() {
-                return None;
-            }
+            if tcp.is_null() { None } else { Some(tcp) }
+        }
+    }
+
+    /// The server's next sequence number to write, and the oldest one that its client has not acknowledged.
+    #[inline(always)]
+    pub(crate) fn sequences(&self) -> Option<(u32, u32)> {
+        let tcp = self.tcp_sock()?;
+        // SAFETY: the offsets are constants to the verifier (the loader freezes them), which checks that they name 32-bit fields.
+        unsafe {
             let write_seq = (&raw const TCP_WRITE_SEQ_OFFSET).read_volatile() as usize;
             let snd_una = (&raw const TCP_SND_UNA_OFFSET).read_volatile() as usize;
             Some((tcp.add(write_seq).cast::<u32>().read_volatile(), tcp.add(snd_una).cast::<u32>().read_volatile()))
         }
+    }
+
+    /// Drops the bytes, without waking the server where that is possible.
+    ///
+    /// A plain `SK_DROP` wakes whoever reads the socket, and a server that blocks in `recv` then gets EAGAIN although its socket is
+    /// blocking (tcp_bpf_recvmsg_parser since 6.4). A redirect that fails consumes the bytes as well, but is an error to the caller,
+    /// which then wakes nobody. It also leaves whatever else is queued until the next packet, so it is used only for the last one.
+    #[inline(always)]
+    pub(crate) fn swallow(&self) -> u32 {
+        let Some(tcp) = self.tcp_sock() else { return SK_DROP };
+        // SAFETY: as in `sequences`.
+        let queued = unsafe {
+            let offset = (&raw const RECEIVE_QUEUE_LEN_OFFSET).read_volatile() as usize;
+            tcp.add(offset).cast::<u32>().read_volatile()
+        };
+        if queued != 0 {
+            return SK_DROP;
+        }
+        // The sink's peer does not read and its queue is broken, so nothing ever leaves it. Without a sink this is SK_DROP.
+        // SAFETY: the context and the map are valid.
+        unsafe { bpf_sk_redirect_map(self.raw(), (&raw const SINK).cast_mut().cast(), 0, 0) as u32 }
     }
 }
 

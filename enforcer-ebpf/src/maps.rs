@@ -47,6 +47,10 @@ pub(crate) static PUNTS: RingBuf = RingBuf::with_byte_size(PUNTS_BYTES, 0);
 #[map]
 pub(crate) static INJECTORS: SockMap = SockMap::with_max_entries(MAX_INJECTORS, 0);
 
+/// A socket of the daemon whose peer is shut down: where bytes go that are dropped. See `Skb::swallow`.
+#[map]
+pub(crate) static SINK: SockMap = SockMap::with_max_entries(1, 0);
+
 /// Memory for the head that is being judged. A judge may be interrupted, or preempted, by another one on its CPU, so a slot
 /// is owned by who set its `busy`, not by the CPU.
 #[repr(C)]

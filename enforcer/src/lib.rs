@@ -3,8 +3,11 @@
 //! The library holds everything that the `enforcer` binary does, so that tests can drive it.
 
 pub mod authz;
+pub mod core;
+pub mod daemon;
 pub mod datapath;
 pub mod http;
+pub mod lifecycle;
 pub mod keys;
 pub mod policy;
 pub mod token;

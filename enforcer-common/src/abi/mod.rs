@@ -50,6 +50,8 @@ pub mod map {
     pub const PUNTS: &str = "PUNTS";
     /// The daemon's sockets, from which bytes are injected.
     pub const INJECTORS: &str = "INJECTORS";
+    /// Where bytes go that are dropped.
+    pub const SINK: &str = "SINK";
     /// Scratch memory of the judge.
     pub const SCRATCH: &str = "SCRATCH";
     /// Labels of grants; no program reads it.

@@ -59,6 +59,8 @@ pub const INJECT_TO_SERVER: u32 = 1;
 pub const INJECT_TO_CLIENT: u32 = 2;
 /// No bytes: the flow goes back to the kernel if the daemon was given nothing more meanwhile.
 pub const INJECT_HAND_BACK: u32 = 3;
+/// No bytes for anybody: breaks the sink, once.
+pub const INJECT_TO_SINK: u32 = 4;
 
 /// Header of a datagram that the daemon sends to the inject program.
 #[repr(C)]

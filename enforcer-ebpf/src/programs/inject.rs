@@ -10,12 +10,12 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
-    Counter, INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, InjectHeader,
+    Counter, INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader,
 };
 use enforcer_common::flow::{Ctl, State};
 
 use crate::kernel::{CtlCell, count};
-use crate::maps::{FLOWS, SOCKETS};
+use crate::maps::{FLOWS, SINK, SOCKETS};
 
 #[stream_verdict]
 fn inject(ctx: SkBuffContext) -> u32 {
@@ -24,6 +24,9 @@ fn inject(ctx: SkBuffContext) -> u32 {
             INJECT_TO_SERVER => carry(&ctx, &header, u64::from(BPF_F_INGRESS), Counter::Injected),
             INJECT_TO_CLIENT => carry(&ctx, &header, 0, Counter::Answered),
             INJECT_HAND_BACK => hand_back(&header),
+            // The first bytes that go there break the sink's queue: its peer is shut down.
+            // SAFETY: the context is valid.
+            INJECT_TO_SINK => (unsafe { SINK.redirect_skb(&ctx, 0, 0) }) as u32,
             _ => failed(),
         },
         Err(_) => failed(),

@@ -277,7 +277,7 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
             flow.remaining_bytes = left;
             ctl.store(ctl.load().to(state));
             count(counter);
-            SK_DROP
+            input.skb.swallow()
         }
         Outcome::Reply(counter, reply_id, left) => reply(input, flow, counter, reply_id, left),
         Outcome::Punt(reason) => {
@@ -334,7 +334,7 @@ fn act_handed_back(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 
             flow.remaining_bytes = left;
             ctl.store(ctl.load().to(state));
             count(counter);
-            SK_DROP
+            input.skb.swallow()
         }
         _ => dead(input, flow, Counter::DeadPipelined),
     }
@@ -346,7 +346,7 @@ fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: enforcer_common::flow::Ctl
     match punt::bytes(input.skb, flow, input.cookie, ctl, reason, flags) {
         // Observe mode: the daemon has a copy, the server gets the bytes.
         Ok(()) if flow.flags & FLOW_OBSERVE != 0 => SK_PASS,
-        Ok(()) => SK_DROP,
+        Ok(()) => input.skb.swallow(),
         Err(counter) => dead(input, flow, counter),
     }
 }
@@ -394,5 +394,5 @@ fn dead(input: &Input<'_>, flow: &mut Flow, reason: Counter) -> u32 {
         endpoint_id: flow.endpoint_id,
         reason,
     });
-    SK_DROP
+    input.skb.swallow()
 }

@@ -466,14 +466,14 @@ impl Engine {
             }
             Decision::Answer { server_index, answer, framing, cache } => {
                 let server_id = server_index.and_then(server_id);
-                info!(
-                    status = answer.status,
-                    reason = answer.reason,
-                    server = server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str()),
-                    peer = datapath.peer(cookie),
-                    observed = self.flows.get(&cookie).is_some_and(|flow| flow.observed),
-                    "refused"
-                );
+                let server = server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str());
+                let observed = self.flows.get(&cookie).is_some_and(|flow| flow.observed);
+                let (status, reason, peer) = (answer.status, answer.reason, datapath.peer(cookie));
+                if status < 400 {
+                    debug!(status, reason, server, peer, "answered");
+                } else {
+                    info!(status, reason, server, peer, observed, "refused");
+                }
                 datapath.count(answer.reason);
                 self.remember_refusal(head_bytes, endpoint_id, framing, &answer, cache, server_id, now, datapath);
                 self.answer(cookie, &answer, framing, datapath)?;

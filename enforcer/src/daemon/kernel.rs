@@ -48,11 +48,6 @@ impl Kernel {
         self.maps.set_config(config)
     }
 
-    /// Whether no connection is guarded.
-    pub(super) fn no_flows(&self) -> bool {
-        self.maps.live.flows.keys().next().is_none()
-    }
-
     /// Destroys the connections whose time has come.
     pub(super) fn destroy_due(&mut self, now_ns: u64) {
         while let Some((&(when_ns, cookie), &netns_cookie)) = self.due.first_key_value() {

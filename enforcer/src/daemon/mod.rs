@@ -6,7 +6,7 @@ mod setup;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use aya::maps::{MapData, RingBuf};
@@ -17,10 +17,9 @@ use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use crate::core::{Engine, KeyRequest, Now};
-use crate::datapath::PinDir;
 use crate::keys::{BootInstant, KeyManager, KeyManagerHandle};
 use crate::lifecycle::lock::DaemonLock;
-use crate::lifecycle::{paths, unload};
+use crate::lifecycle::{UnloadOptions, paths, unload};
 use crate::policy;
 use kernel::Kernel;
 
@@ -67,17 +66,17 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     for warning in &warnings {
         warn!("{warning}");
     }
-    let lock = DaemonLock::acquire(&options.pin_name)?;
-    let bpffs = paths::ensure_bpffs(&options.bpffs)?;
-    let cgroup = match &options.cgroup {
-        Some(path) => path.clone(),
-        None => paths::cgroup2_mount()?,
-    };
+    let mut lock = DaemonLock::acquire(&options.pin_name)?;
+    lock.record_policy(&std::path::absolute(&options.policy)?)?;
+    if paths::ensure_bpffs(&options.bpffs)? == paths::Bpffs::Mounted {
+        info!(path = %options.bpffs.display(), "mounted a bpffs");
+    }
+    let cgroup = paths::cgroup(options.cgroup.as_deref())?;
     // Before any thread exists: the test forks.
-    let report = selftest::run(&bpffs).context("this kernel does not carry the datapath; not enforcing")?;
+    let report = selftest::run(&options.bpffs).context("this kernel does not carry the datapath; not enforcing")?;
     info!(%report, "datapath self-test passed");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let result = runtime.block_on(enforce(options, &Arc::new(policy), &bpffs, &cgroup));
+    let result = runtime.block_on(enforce(options, &Arc::new(policy), &cgroup));
     drop(lock);
     result
 }
@@ -85,10 +84,9 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
 async fn enforce(
     options: &RunOptions,
     policy: &Arc<policy::Policy>,
-    bpffs: &std::path::Path,
     cgroup: &std::path::Path,
 ) -> anyhow::Result<()> {
-    let pins = PinDir::new(bpffs.join(&options.pin_name));
+    let pins = paths::pin_dir(&options.bpffs, &options.pin_name);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let keys = KeyManager::start(Arc::clone(policy));
@@ -116,22 +114,25 @@ async fn enforce(
         }
     };
     tokio::pin!(drain);
-    let mut deadline: Option<Instant> = None;
-    let mut ring = AsyncFd::new(ring)?;
+    let mut unloading = None;
+    // SAFETY: the ring buffer keeps its descriptor, and is not replaced while it is registered.
+    let mut ring = unsafe { AsyncFd::register(ring) }?;
     let (answers, mut refreshed) = mpsc::channel(1024);
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     loop {
         tokio::select! {
             biased;
-            reason = &mut drain, if deadline.is_none() => {
+            reason = &mut drain, if unloading.is_none() => {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
                 if options.keep {
                     info!(reason, "stopping; the enforcement stays in the kernel, unknown requests get 503");
                     return Ok(());
                 }
                 info!(reason, "stopping; new connections are not guarded any more, guarded ones may finish");
-                unload::start_draining(&pins)?;
-                deadline = Some(Instant::now() + options.drain_timeout);
+                let (pins, drain_timeout) = (pins.clone(), options.drain_timeout);
+                unloading = Some(tokio::task::spawn_blocking(move || {
+                    unload(&pins, &UnloadOptions { drain_timeout, force: false })
+                }));
             }
             guard = ring.readable_mut() => {
                 let mut guard = guard?;
@@ -150,17 +151,18 @@ async fn enforce(
                 }
                 engine.tick(now(), &mut kernel);
                 kernel.destroy_due(now().boot_ns);
-                if let Some(deadline) = deadline
-                    && (kernel.no_flows() || Instant::now() >= deadline)
-                {
-                    break;
-                }
+            }
+            report = async { unloading.as_mut().expect("guarded by the condition").await }, if unloading.is_some() => {
+                let report = report??;
+                info!(
+                    drained = report.flows_drained,
+                    destroyed = report.flows_destroyed,
+                    "enforcement removed"
+                );
+                return Ok(());
             }
         }
     }
-    let report = unload::finish(&pins, Duration::from_secs(2))?;
-    info!(%report, "enforcement removed");
-    Ok(())
 }
 
 /// Reads what is in the ring buffer; whether there may be more.

@@ -102,7 +102,7 @@ fn setup(error: impl fmt::Display) -> SelfTestError {
 /// See [`SelfTestError`]. Nothing stays behind.
 pub fn run(bpffs: &Path) -> Result<SelfTestReport, SelfTestError> {
     let name = format!("enforcer-selftest-{}", std::process::id());
-    let cgroup = TempCgroup::new(&paths::cgroup2_mount().map_err(setup)?.join(&name))?;
+    let cgroup = TempCgroup::new(&paths::cgroup2_root().map_err(setup)?.join(&name))?;
     let pins = PinDir::new(bpffs.join(&name));
     let mut loaded = datapath::load(&pins)?;
     let mut maps = Maps::open(&pins).map_err(setup)?;

@@ -15,7 +15,7 @@ use super::kernel::Kernel;
 use crate::core::{Endpoints, Engine, Secrets};
 use crate::datapath::{self, Injectors, Maps, PinDir};
 use crate::http::answer;
-use crate::lifecycle::unload;
+use crate::lifecycle::{UnloadOptions, unload};
 use crate::policy::{Mode, Policy};
 use crate::token::Fingerprinter;
 
@@ -77,14 +77,16 @@ pub(super) fn bring_up(
         draining: 0,
     })?;
     loaded.attach(cgroup)?;
+    // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed; a connection that
+    // both would tag in between is cut off.
+    let retired = pins.retired();
     if pins.exists() {
-        // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed here; a
-        // connection that both would tag in between is cut off.
         info!(pins = %pins.path().display(), "taking over from an earlier daemon; its connections are closed");
-        unload::start_draining(pins)?;
-        unload::finish(pins, Duration::from_secs(2))?;
+        std::fs::rename(pins.path(), retired.path())
+            .with_context(|| format!("cannot move {} aside", pins.path().display()))?;
     }
     loaded.commit(pins)?;
+    unload(&retired, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
     Ok((engine, kernel, ring))
 }
 

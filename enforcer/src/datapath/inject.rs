@@ -4,11 +4,12 @@ use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use enforcer_common::abi::{
-    INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, InjectHeader, MAX_INJECTORS, PUNT_CHUNK_BYTES,
+    INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader, MAX_INJECTORS, PUNT_CHUNK_BYTES,
 };
 use enforcer_common::flow::Ctl;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, sendmsg, setsockopt, socketpair, sockopt,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrStorage, sendmsg, setsockopt, shutdown, socketpair,
+    sockopt,
 };
 
 use super::{LiveError, Maps};
@@ -39,7 +40,7 @@ pub enum InjectError {
 /// The daemon's ends of the socket pairs.
 pub struct Injectors {
     ours: Vec<OwnedFd>,
-    /// The kernel's ends: open as long as we live, or the map would lose them.
+    /// The kernel's ends and the sink: open as long as we live, or the maps would lose them.
     _theirs: Vec<OwnedFd>,
 }
 
@@ -62,7 +63,17 @@ impl Injectors {
             ours.push(mine);
             theirs.push(kernel);
         }
-        Ok(Self { ours, _theirs: theirs })
+        let (sink, peer) =
+            socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(InjectError::Pair)?;
+        maps.set_sink(&sink)?;
+        // Sending to it is an error, yet it stays connected: a sink whose peer is gone could not be redirected to.
+        shutdown(peer.as_raw_fd(), Shutdown::Read).map_err(InjectError::Pair)?;
+        theirs.extend([sink, peer]);
+        let injectors = Self { ours, _theirs: theirs };
+        let none = Ctl(0);
+        injectors.carry(0, INJECT_TO_SINK, 0, none, b"x")?;
+        Ok(injectors)
     }
 
     fn send(&self, pair: u32, header: &InjectHeader, bytes: &[u8]) -> Result<(), InjectError> {

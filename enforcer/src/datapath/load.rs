@@ -94,7 +94,8 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
     let mut loader = EbpfLoader::new();
     loader
         .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
-        .override_global("TCP_SND_UNA_OFFSET", &offsets.snd_una, true);
+        .override_global("TCP_SND_UNA_OFFSET", &offsets.snd_una, true)
+        .override_global("RECEIVE_QUEUE_LEN_OFFSET", &offsets.receive_queue_len, true);
     for name in MAPS {
         loader.map_pin_path(*name, pins.pin(name));
     }
@@ -128,7 +129,7 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
 /// The maps that are pinned.
 const MAPS: &[&str] = &[
     map::CONFIG, map::DIGEST_KEY, map::ENDPOINTS, map::SOCKETS, map::FLOWS, map::VERDICTS, map::GRANTS, map::REPLIES,
-    map::COUNTERS, map::REASONS, map::PUNTS, map::INJECTORS, map::SCRATCH, map::GRANT_LABELS, map::SERVER_LABELS,
+    map::COUNTERS, map::REASONS, map::PUNTS, map::INJECTORS, map::SINK, map::SCRATCH, map::GRANT_LABELS, map::SERVER_LABELS,
 ];
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
@@ -156,7 +157,8 @@ impl Loaded {
         let pin = self.pins.pin(LINK_PIN);
         let tag_flow: &mut SockOps = program(&mut self.ebpf, "tag_flow")?;
         let failed = |source| LoadError::Program { name: "tag_flow", source };
-        let link = tag_flow.attach(file, CgroupAttachMode::AllowMultiple).map_err(failed)?;
+        // No flag: a link always shares its cgroup with others, and the kernel refuses to be told so.
+        let link = tag_flow.attach(file, CgroupAttachMode::Single).map_err(failed)?;
         let link = tag_flow.take_link(link).map_err(failed)?;
         let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
         link.pin(&pin).map_err(|error| pin_error(&pin, &error))?;

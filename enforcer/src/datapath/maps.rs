@@ -128,6 +128,7 @@ pub struct Maps {
     digest_key: Array<MapData, DigestKey>,
     replies: Array<MapData, Reply>,
     injectors: SockMap<MapData>,
+    sink: SockMap<MapData>,
 }
 
 impl Maps {
@@ -141,6 +142,7 @@ impl Maps {
             digest_key: open(pins, map::DIGEST_KEY, Map::Array)?,
             replies: open(pins, map::REPLIES, Map::Array)?,
             injectors: open(pins, map::INJECTORS, Map::SockMap)?,
+            sink: open(pins, map::SINK, Map::SockMap)?,
         })
     }
 
@@ -227,6 +229,14 @@ impl Maps {
         let count = self.live.reasons.get(&key, 0).unwrap_or(0);
         let failed = |source| LiveError::Map { name: map::REASONS, source };
         self.live.reasons.insert(key, count + 1, 0).map_err(failed)
+    }
+
+    /// Makes a socket the sink.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_sink(&mut self, socket: &impl std::os::fd::AsRawFd) -> Result<(), LiveError> {
+        self.sink.set(0, socket, 0).map_err(|source| LiveError::Map { name: map::SINK, source })
     }
 
     /// Puts the kernel's end of a socket pair under the inject program.

@@ -54,11 +54,21 @@ impl PinDir {
         self.0.join(name)
     }
 
-    /// The directory in which a new set of pins is made before it takes this one's place.
+    /// The directory in which a new set of pins is made before it takes this one's place. (A bpffs reserves names with a dot.)
     #[must_use]
     pub fn staging(&self) -> Self {
+        self.beside("-staging")
+    }
+
+    /// The directory in which an earlier daemon's pins lie while its connections are closed.
+    #[must_use]
+    pub fn retired(&self) -> Self {
+        self.beside("-retired")
+    }
+
+    fn beside(&self, suffix: &str) -> Self {
         let mut name = self.0.file_name().unwrap_or_default().to_owned();
-        name.push(".staging");
+        name.push(suffix);
         Self(self.0.with_file_name(name))
     }
 

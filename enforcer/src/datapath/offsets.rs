@@ -12,6 +12,8 @@ pub struct TcpOffsets {
     pub write_seq: u32,
     /// `snd_una`: the oldest byte that the client has not acknowledged.
     pub snd_una: u32,
+    /// `sk_receive_queue.qlen`: packets that wait behind the one that is being judged.
+    pub receive_queue_len: u32,
 }
 
 /// Why the offsets are not known.
@@ -21,8 +23,13 @@ pub enum OffsetError {
     #[error("cannot read the kernel's type information {VMLINUX_BTF}: {0}; a kernel with CONFIG_DEBUG_INFO_BTF is needed")]
     Btf(String),
     /// A field is missing.
-    #[error("the kernel's struct tcp_sock has no 32-bit field `{0}`; this kernel is not supported")]
-    NoField(&'static str),
+    #[error("the kernel's struct {structure} has no 32-bit field `{field}`; this kernel is not supported")]
+    NoField {
+        /// Of which structure.
+        structure: &'static str,
+        /// Which.
+        field: &'static str,
+    },
 }
 
 impl TcpOffsets {
@@ -32,22 +39,25 @@ impl TcpOffsets {
     /// See [`OffsetError`].
     pub fn of_running_kernel() -> Result<Self, OffsetError> {
         let btf = Btf::from_file(VMLINUX_BTF).map_err(|error| OffsetError::Btf(error.to_string()))?;
-        let types =
-            btf.resolve_types_by_name("tcp_sock").map_err(|error| OffsetError::Btf(error.to_string()))?;
-        let tcp_sock = types.into_iter().find(|kind| matches!(kind, Type::Struct(_)));
-        let Some(Type::Struct(tcp_sock)) = tcp_sock else {
-            return Err(OffsetError::Btf("it has no struct tcp_sock".into()));
-        };
-        let offset = |name: &'static str| {
-            tcp_sock
-                .members
-                .iter()
-                .find(|member| btf.resolve_name(*member).is_ok_and(|found| found == name))
+        let offset = |structure: &'static str, field: &'static str| {
+            let types = btf
+                .resolve_types_by_name(structure)
+                .map_err(|error| OffsetError::Btf(format!("struct {structure}: {error}")))?;
+            types
+                .into_iter()
+                .filter_map(|kind| if let Type::Struct(found) = kind { Some(found) } else { None })
+                .flat_map(|found| found.members)
+                .find(|member| btf.resolve_name(member).is_ok_and(|name| name == field))
                 .filter(|member| member.bit_offset() % 32 == 0)
                 .map(|member| member.bit_offset() / 8)
-                .ok_or(OffsetError::NoField(name))
+                .ok_or(OffsetError::NoField { structure, field })
         };
-        Ok(Self { write_seq: offset("write_seq")?, snd_una: offset("snd_una")? })
+        Ok(Self {
+            write_seq: offset("tcp_sock", "write_seq")?,
+            snd_una: offset("tcp_sock", "snd_una")?,
+            // A `struct tcp_sock` starts with its `struct sock`.
+            receive_queue_len: offset("sock", "sk_receive_queue")? + offset("sk_buff_head", "qlen")?,
+        })
     }
 }
 
