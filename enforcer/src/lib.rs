@@ -6,5 +6,6 @@ pub mod authz;
 pub mod datapath;
 pub mod http;
 pub mod keys;
+pub mod lifecycle;
 pub mod policy;
 pub mod token;

@@ -1,0 +1,10 @@
+//! What surrounds an enforcement: where it lies, who may run it, how it ends, and whether this machine can hold one.
+
+pub mod doctor;
+pub mod lock;
+pub mod paths;
+#[cfg(test)]
+pub(crate) mod testing;
+mod unload;
+
+pub use unload::{UnloadError, UnloadOptions, UnloadReport, unload};
