@@ -3,6 +3,7 @@
 //! The library holds everything that the `enforcer` binary does, so that tests can drive it.
 
 pub mod authz;
+pub mod cli;
 pub mod datapath;
 pub mod http;
 pub mod keys;
