@@ -66,10 +66,8 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
         if let Some(UnloadError::StillGuarded { .. }) = cause.downcast_ref() {
             return BUSY;
         }
-        match io_error(cause).map(Error::kind) {
-            Some(ErrorKind::PermissionDenied) => return NOT_PERMITTED,
-            Some(ErrorKind::BrokenPipe) => return OK,
-            _ => {}
+        if io_error(cause).is_some_and(|error| error.kind() == ErrorKind::PermissionDenied) {
+            return NOT_PERMITTED;
         }
     }
     FAILURE
@@ -99,7 +97,8 @@ mod tests {
         assert_eq!(code(anyhow::anyhow!("boom")), FAILURE);
         let io = |kind: ErrorKind| Err::<(), _>(Error::from(kind)).context("while at it").unwrap_err();
         assert_eq!(code(io(ErrorKind::PermissionDenied)), NOT_PERMITTED);
-        assert_eq!(code(io(ErrorKind::BrokenPipe)), OK);
+        // Only stdout's reader may go away; any other broken pipe is a failure.
+        assert_eq!(code(io(ErrorKind::BrokenPipe)), FAILURE);
         assert_eq!(code(io(ErrorKind::NotFound)), FAILURE);
         let map = MapError::IoError(ErrorKind::PermissionDenied.into());
         assert_eq!(code(LiveError::Map { name: "FLOWS", source: map }.into()), NOT_PERMITTED);

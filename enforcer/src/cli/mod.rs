@@ -132,11 +132,8 @@ fn run_from(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
-            let code = exit::code_of(&error);
-            if code != OK {
-                output::say(&format!("enforcer: {}", message(&error)));
-            }
-            code
+            output::say(&format!("enforcer: {}", message(&error)));
+            exit::code_of(&error)
         }
     }
 }

@@ -46,14 +46,14 @@ impl Render for UnloadReport {
         }
         let mut text = format!("unloaded {place} in {}\n", duration(self.took_ms));
         for (count, what) in [
-            (self.flows_drained, "connections ended by themselves"),
-            (self.flows_destroyed, "connections were reset"),
-            (self.records_stale, "records without a connection were deleted"),
-            (self.flows_abandoned, "connections were still guarded; their unread bytes are lost"),
+            (self.flows_drained, "ended by themselves"),
+            (self.flows_destroyed, "were reset"),
+            (self.records_stale, "were gone without a trace; their records were deleted"),
+            (self.flows_abandoned, "were still guarded; their unread bytes are lost"),
         ] {
             if count > 0 {
                 // Writing to a string can't fail.
-                let _ = writeln!(text, "  {count} {what}");
+                let _ = writeln!(text, "  connections that {what}: {count}");
             }
         }
         for error in &self.errors {

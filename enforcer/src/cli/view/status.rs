@@ -45,6 +45,8 @@ struct Daemon {
     alive: bool,
     /// Absent if the lock can't be looked at.
     lock_held: Option<bool>,
+    /// Its last sign of life is within the limit, so the kernel still parks unknown requests for it.
+    heartbeat_fresh: bool,
     pid: Option<u32>,
     heartbeat_age_ms: Option<u64>,
     heartbeat_limit_ms: Option<u64>,
@@ -88,6 +90,7 @@ impl Status {
                 alive: false,
                 pid: record.as_ref().filter(|_| lock_held == Some(true)).map(|record| record.pid),
                 lock_held,
+                heartbeat_fresh: false,
                 heartbeat_age_ms: None,
                 heartbeat_limit_ms: None,
                 policy: record.and_then(|record| record.policy),
@@ -114,6 +117,7 @@ impl Status {
             daemon: Daemon {
                 alive: fresh && lock_held != Some(false),
                 lock_held,
+                heartbeat_fresh: fresh,
                 pid: Some(config.daemon_pid),
                 heartbeat_age_ms: Some(age_ms(config.heartbeat_ns, now_ns)),
                 heartbeat_limit_ms: Some(age_ms(0, config.heartbeat_limit_ns)),
@@ -206,6 +210,9 @@ impl Daemon {
                     "HANGS (pid {pid}): last sign of life {age} ago (limit {limit}); unknown requests get 503"
                 )
             }
+            (false, _) if self.heartbeat_fresh => {
+                format!("none; it ended less than {limit} ago; after that unknown requests get 503")
+            }
             (false, _) => format!("none; the last sign of life was {age} ago; unknown requests get 503"),
         }
     }
@@ -275,6 +282,7 @@ mod tests {
         assert!(daemon(lock(true), config()).alive);
         assert!(daemon(None, config()).alive);
         assert!(!daemon(lock(false), config()).alive);
+        assert!(daemon(lock(false), config()).text().starts_with("none; it ended less than 5s ago"));
         assert!(daemon(lock(true), old).text().starts_with("HANGS (pid 42)"));
         assert!(daemon(lock(false), old).text().starts_with("none"));
     }
