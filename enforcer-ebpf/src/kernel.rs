@@ -1,6 +1,5 @@
 //! The kernel's helpers, as far as the programs need them, with results that must be looked at.
 
-use core::ffi::c_void;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::sk_action::SK_DROP;
@@ -9,6 +8,7 @@ use aya_ebpf::helpers::{
     bpf_skb_store_bytes, bpf_skc_to_tcp_sock,
 };
 use aya_ebpf::programs::SkBuffContext;
+use core::ffi::c_void;
 use enforcer_common::abi::{Config, Counter};
 use enforcer_common::flow::Ctl;
 
@@ -147,7 +147,12 @@ impl Skb<'_> {
     /// # Safety
     /// `to` is valid for `MAX` bytes.
     #[inline(always)]
-    pub(crate) unsafe fn load<const MAX: u32>(&self, offset: u32, to: *mut u8, len: u32) -> Result<(), Failed> {
+    pub(crate) unsafe fn load<const MAX: u32>(
+        &self,
+        offset: u32,
+        to: *mut u8,
+        len: u32,
+    ) -> Result<(), Failed> {
         let len = bounded::<MAX>(len)?;
         // SAFETY: `len` is in 1..=MAX, for which `to` is valid.
         let result = unsafe { bpf_skb_load_bytes(self.raw().cast(), offset, to.cast(), len) };
@@ -168,7 +173,12 @@ impl Skb<'_> {
     /// # Safety
     /// `from` is valid for `MAX` bytes.
     #[inline(always)]
-    pub(crate) unsafe fn store<const MAX: u32>(&self, offset: u32, from: *const u8, len: u32) -> Result<(), Failed> {
+    pub(crate) unsafe fn store<const MAX: u32>(
+        &self,
+        offset: u32,
+        from: *const u8,
+        len: u32,
+    ) -> Result<(), Failed> {
         let len = bounded::<MAX>(len)?;
         // SAFETY: `len` is in 1..=MAX, for which `from` is valid.
         let result = unsafe { bpf_skb_store_bytes(self.raw().cast(), offset, from.cast(), len, 0) };
@@ -197,7 +207,10 @@ impl Skb<'_> {
         unsafe {
             let write_seq = (&raw const TCP_WRITE_SEQ_OFFSET).read_volatile() as usize;
             let snd_una = (&raw const TCP_SND_UNA_OFFSET).read_volatile() as usize;
-            Some((tcp.add(write_seq).cast::<u32>().read_volatile(), tcp.add(snd_una).cast::<u32>().read_volatile()))
+            Some((
+                tcp.add(write_seq).cast::<u32>().read_volatile(),
+                tcp.add(snd_una).cast::<u32>().read_volatile(),
+            ))
         }
     }
 
@@ -255,7 +268,6 @@ pub(crate) type Callback<T> = extern "C" fn(u32, *mut T) -> i64;
 #[inline(always)]
 pub(crate) fn repeat<T>(times: u32, callback: Callback<T>, state: &mut T) -> Result<(), Failed> {
     // SAFETY: the callback gets `state` back, which outlives the call; the verifier checks the callback like a program.
-    let done =
-        unsafe { bpf_loop(times, callback as *mut c_void, core::ptr::from_mut(state).cast(), 0) };
+    let done = unsafe { bpf_loop(times, callback as *mut c_void, core::ptr::from_mut(state).cast(), 0) };
     if done < 0 { Err(Failed) } else { Ok(()) }
 }

@@ -4,6 +4,8 @@
 
 pub mod authz;
 pub mod cli;
+pub mod core;
+pub mod daemon;
 pub mod datapath;
 pub mod http;
 pub mod keys;

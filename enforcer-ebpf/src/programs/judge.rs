@@ -188,15 +188,13 @@ fn punt(
     reason: Counter,
     info: Option<HeadInfo>,
 ) -> Outcome {
-    let alive = config.abi_version != 0
-        && now_ns.wrapping_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
+    let alive =
+        config.abi_version != 0 && now_ns.wrapping_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
     if alive || flow.flags & FLOW_OBSERVE != 0 {
         return Outcome::Punt(reason);
     }
     match info {
-        Some(info) => {
-            refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable)
-        }
+        Some(info) => refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable),
         None => Outcome::Dead(Counter::DeadUnavailable),
     }
 }
@@ -341,7 +339,13 @@ fn act_handed_back(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 
 }
 
 #[inline(always)]
-fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: enforcer_common::flow::Ctl, reason: Counter, flags: u32) -> u32 {
+fn hand_over(
+    input: &Input<'_>,
+    flow: &mut Flow,
+    ctl: enforcer_common::flow::Ctl,
+    reason: Counter,
+    flags: u32,
+) -> u32 {
     flow.punted_bytes += input.len;
     match punt::bytes(input.skb, flow, input.cookie, ctl, reason, flags) {
         // Observe mode: the daemon has a copy, the server gets the bytes.
@@ -363,7 +367,11 @@ fn reply(input: &Input<'_>, flow: &mut Flow, counter: Counter, reply_id: u32, le
         input.skb.store::<MAX>(0, reply.bytes.as_ptr(), len).is_ok()
             && input
                 .skb
-                .store::<{ REPLY_DIGITS as u32 }>(reply.content_length_at, digits.as_ptr(), REPLY_DIGITS as u32)
+                .store::<{ REPLY_DIGITS as u32 }>(
+                    reply.content_length_at,
+                    digits.as_ptr(),
+                    REPLY_DIGITS as u32,
+                )
                 .is_ok()
     };
     if !stored {

@@ -9,6 +9,7 @@ use super::Global;
 use super::exit::{OK, REJECTED};
 use super::format::NONE;
 use super::output::{Render, print, table};
+use crate::daemon::selftest;
 use crate::lifecycle::doctor::{Check, Options, examine, is_fit};
 
 /// Check whether this machine can enforce
@@ -47,8 +48,14 @@ impl Render for Diagnosis {
 }
 
 pub(super) fn run(command: Command, global: &Global) -> anyhow::Result<u8> {
-    // BEHAVIOUR HOOK: the daemon's datapath self-test goes into `behaviour`.
-    let options = Options { bpffs: global.bpffs.clone(), cgroup: command.cgroup, behaviour: None };
+    let bpffs = global.bpffs.clone();
+    // No check before this one leaves a thread behind, so the self-test may fork.
+    let behaviour = move || match selftest::run(&bpffs) {
+        Ok(report) => Ok(report.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    let options =
+        Options { bpffs: global.bpffs.clone(), cgroup: command.cgroup, behaviour: Some(Box::new(behaviour)) };
     let checks = examine(options);
     let diagnosis = Diagnosis { fit: is_fit(&checks), checks };
     print(global.output, &diagnosis)?;

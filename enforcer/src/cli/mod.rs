@@ -21,7 +21,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::datapath::{PIN_NAME, PinDir};
 use crate::lifecycle::paths;
-use exit::{FAILURE, OK, USAGE};
+use exit::{OK, USAGE};
 pub use output::Output;
 
 /// How long connections may go on at the end, unless told otherwise, in seconds.
@@ -141,11 +141,7 @@ fn run_from(arguments: impl IntoIterator<Item = OsString>) -> u8 {
 fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     let global = cli.global;
     match cli.command {
-        Command::Run(command) => {
-            let _args: run::RunArgs = command.into_args(&global);
-            // DISPATCH OF `run`: the daemon takes `_args` from here.
-            Err(exit::failed(FAILURE, "this build has no daemon"))
-        }
+        Command::Run(command) => run::run(&command.into_args(&global)),
         Command::Check(command) => check::run(&command, global.output),
         Command::Status => view::status(&global),
         Command::Servers => view::servers(&global),

@@ -1,11 +1,14 @@
 //! `enforcer run`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
 use super::Global;
+use super::exit::OK;
+use crate::daemon::{self, RunOptions};
 
 /// Form of the log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -75,37 +78,38 @@ pub(super) struct Command {
 }
 
 /// What `enforcer run` was asked to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunArgs {
-    /// The policy file.
-    pub policy: PathBuf,
-    /// Cgroup to guard; the root of the cgroup2 hierarchy when absent.
-    pub cgroup: Option<PathBuf>,
-    /// Where a bpffs is mounted, or will be.
-    pub bpffs: PathBuf,
-    /// Name of the pin directory and of the lock; checked by [`crate::lifecycle::paths::pin_name`].
-    pub pin_name: String,
-    /// Form of the log.
-    pub log_format: LogFormat,
-    /// Least severity that is logged.
-    pub log_level: LogLevel,
-    /// SIGTERM leaves the enforcement in the kernel.
-    pub keep: bool,
-    /// How long connections may go on at the end, before they are destroyed.
-    pub drain_timeout: Duration,
+pub(super) struct RunArgs {
+    options: RunOptions,
+    log_format: LogFormat,
+    log_level: LogLevel,
 }
 
 impl Command {
     pub(super) fn into_args(self, global: &Global) -> RunArgs {
         RunArgs {
-            policy: self.policy,
-            cgroup: self.cgroup,
-            bpffs: global.bpffs.clone(),
-            pin_name: global.pin_name.clone(),
+            options: RunOptions {
+                policy: self.policy,
+                cgroup: self.cgroup,
+                bpffs: global.bpffs.clone(),
+                pin_name: global.pin_name.clone(),
+                keep: self.keep,
+                drain_timeout: Duration::from_secs(self.drain_timeout),
+            },
             log_format: self.log_format,
             log_level: self.log_level,
-            keep: self.keep,
-            drain_timeout: Duration::from_secs(self.drain_timeout),
         }
     }
+}
+
+pub(super) fn run(args: &RunArgs) -> anyhow::Result<u8> {
+    let log = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_max_level(tracing::Level::from(args.log_level));
+    match args.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    daemon::run(&args.options)?;
+    Ok(OK)
 }

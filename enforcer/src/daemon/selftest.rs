@@ -187,7 +187,8 @@ impl Bench {
     }
 
     fn verdict(&mut self, request: &str, kind: u32) -> Result<(), datapath::LiveError> {
-        let Ok((info, digest)) = head::analyze_bytes(request.as_bytes(), &self.digest_key, ENDPOINT_ID) else {
+        let Ok((info, digest)) = head::analyze_bytes(request.as_bytes(), &self.digest_key, ENDPOINT_ID)
+        else {
             return Ok(());
         };
         let serial = 1;
@@ -228,7 +229,9 @@ impl Bench {
         let end = Instant::now() + STEP;
         loop {
             if let Some(record) = self.ring.next() {
-                let Some((header, bytes)) = super::split(&record) else { return Err(setup("malformed record")) };
+                let Some((header, bytes)) = super::split(&record) else {
+                    return Err(setup("malformed record"));
+                };
                 let PuntHeader { cookie, epoch, kind, len_bytes, .. } = header;
                 if kind != PUNT_DATA {
                     continue;

@@ -20,7 +20,9 @@ pub struct TcpOffsets {
 #[derive(Debug, thiserror::Error)]
 pub enum OffsetError {
     /// The kernel has no type information, or it can't be read.
-    #[error("cannot read the kernel's type information {VMLINUX_BTF}: {0}; a kernel with CONFIG_DEBUG_INFO_BTF is needed")]
+    #[error(
+        "cannot read the kernel's type information {VMLINUX_BTF}: {0}; a kernel with CONFIG_DEBUG_INFO_BTF is needed"
+    )]
     Btf(String),
     /// A field is missing.
     #[error("the kernel's struct {structure} has no 32-bit field `{field}`; this kernel is not supported")]

@@ -96,7 +96,7 @@ fn listed(errors: &[String]) -> String {
 pub fn unload(pins: &PinDir, options: &UnloadOptions) -> Result<UnloadReport, UnloadError> {
     let start = Instant::now();
     let mut report = UnloadReport { pin_directory: pins.path().to_owned(), ..UnloadReport::default() };
-    for pins in [pins, &pins.staging()] {
+    for pins in [pins, &pins.staging(), &pins.retired()] {
         if !pins.path().exists() {
             continue;
         }
