@@ -97,6 +97,8 @@ counters! {
     OpaquePassed = 33, "opaque-passed";
     /// A flow's event for the daemon was lost because the ring buffer was full.
     EventLost = 34, "event-lost";
+    /// The end of the client's stream passed: a packet without bytes.
+    EndPassed = 35, "end-passed";
 }
 
 /// Size of `COUNTERS`.

@@ -49,6 +49,11 @@ struct Input<'a> {
 #[stream_verdict]
 fn judge(ctx: SkBuffContext) -> u32 {
     let skb = Skb { ctx: &ctx };
+    if skb.len() == 0 {
+        // A bare FIN. The server must learn that its client is gone, whatever the flow's state.
+        count(Counter::EndPassed);
+        return SK_PASS;
+    }
     let cookie = skb.cookie();
     let Some(flow) = FLOWS.get_ptr_mut(cookie) else {
         count(Counter::NoFlow);
