@@ -179,6 +179,9 @@ fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, cou
             Outcome::Punt(Counter::PuntReplyTooLong)
         };
     }
+    if matches!(counter, Counter::Refused) && input.skb.server_blocks() {
+        return Outcome::Punt(Counter::PuntBlockingServer);
+    }
     flow.refused += 1;
     Outcome::Reply(counter, reply_id, left)
 }
