@@ -392,11 +392,12 @@ fn serve(procs: &Path, port: &OwnedFd) -> std::io::Result<()> {
         request.extend_from_slice(&buffer[..length]);
         if request.ends_with(b"\r\n\r\n") {
             request.clear();
-            stream.write_all(ANSWER)?;
             answered += 1;
             if answered == BLOCKING {
+                // Before the answer: the next request follows it at once.
                 stream.set_nonblocking(true)?;
             }
+            stream.write_all(ANSWER)?;
         }
     }
 }
