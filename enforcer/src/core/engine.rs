@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use enforcer_common::abi::{
-    PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader,
-    VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
+    Ends, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_STRAY, PUNT_UNANSWERED,
+    PuntHeader, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
 };
 use enforcer_common::chunked::Chunked;
 use enforcer_common::digest::DigestKey;
@@ -167,6 +167,10 @@ struct Punted {
     since_ns: u64,
     /// Answers given in a row.
     answers: u32,
+    /// The server's send sequence when the current request began.
+    write_seq_mark: u32,
+    /// The server's send sequence when the last bytes came.
+    last_write_seq: u32,
 }
 
 /// Random secrets of one load.
@@ -250,6 +254,15 @@ impl Engine {
                 self.forget(header.cookie);
                 datapath.destroy(header.cookie, header.netns_cookie, 0);
             }
+            PUNT_STRAY => {
+                let Some(ends) = ends(bytes) else { return };
+                datapath.count("unguarded-connection");
+                info!(
+                    cookie = header.cookie,
+                    "a connection from before the enforcement got bytes; it is destroyed"
+                );
+                datapath.destroy_stray(header.cookie, header.netns_cookie, header.interface, ends);
+            }
             PUNT_FENCED => {
                 warn!(cookie = header.cookie, "a connection could not be guarded and was cut off (MPTCP?)");
                 datapath.destroy(header.cookie, header.netns_cookie, 0);
@@ -262,7 +275,12 @@ impl Engine {
     pub fn end_batch<D: Datapath>(&mut self, datapath: &mut D) {
         for cookie in std::mem::take(&mut self.touched) {
             let Some(flow) = self.flows.get_mut(&cookie) else { continue };
-            let Some(to) = flow.hand_back() else { continue };
+            let Some(to) = flow.hand_back() else {
+                if matches!(flow.stage, Stage::Head | Stage::Waiting) {
+                    self.timeouts.insert((flow.since_ns + HEAD_TIMEOUT_NS, cookie), flow.epoch);
+                }
+                continue;
+            };
             let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
             if datapath.hand_back(cookie, expected, to).is_err() {
                 let netns_cookie = flow.netns_cookie;
@@ -360,13 +378,18 @@ impl Engine {
             return Err(EngineError::RecordLost);
         }
         flow.received_bytes += bytes.len() as u64;
+        flow.last_write_seq = header.write_seq;
         if let Stage::Done { .. } = flow.stage {
             // The client was faster than the hand-back: the next request begins.
-            flow.stage = Stage::Head;
-            flow.unanswered = header.flags & PUNT_UNANSWERED != 0;
-            flow.since_ns = now.boot_ns;
-            self.timeouts.insert((now.boot_ns + HEAD_TIMEOUT_NS, header.cookie), header.epoch);
+            flow.next_request(header.flags & PUNT_UNANSWERED != 0, now);
         }
+        let bytes = match flow.discard(bytes)? {
+            Some(rest) => {
+                flow.next_request(header.flags & PUNT_UNANSWERED != 0, now);
+                rest
+            }
+            None => bytes,
+        };
         match flow.stage {
             Stage::Head | Stage::Waiting => {
                 let full = flow.parked.len() + bytes.len() > PARKED_MAX_BYTES
@@ -381,8 +404,8 @@ impl Engine {
                 }
                 Ok(())
             }
-            Stage::Pass { .. } | Stage::Discard { .. } => flow.body(header.cookie, bytes, datapath),
-            Stage::Done { .. } | Stage::Closing => Ok(()),
+            Stage::Pass { .. } => flow.body(header.cookie, bytes, datapath),
+            Stage::Discard { .. } | Stage::Done { .. } | Stage::Closing => Ok(()),
         }
     }
 
@@ -395,7 +418,6 @@ impl Engine {
         if self.flows.len() >= FLOWS_MAX {
             return Err(EngineError::FlowsFull);
         }
-        self.timeouts.insert((now.boot_ns + HEAD_TIMEOUT_NS, header.cookie), header.epoch);
         self.flows.insert(
             header.cookie,
             Punted {
@@ -404,7 +426,13 @@ impl Engine {
                 netns_cookie: header.netns_cookie,
                 received_bytes: 0,
                 parked: Vec::new(),
-                stage: Stage::Head,
+                stage: if header.skip_bytes == 0 {
+                    Stage::Head
+                } else {
+                    Stage::Discard { body: Body::Length(header.skip_bytes) }
+                },
+                write_seq_mark: header.write_seq,
+                last_write_seq: header.write_seq,
                 unanswered: header.flags & PUNT_UNANSWERED != 0,
                 observed: header.flags & PUNT_OBSERVED != 0,
                 since_ns: now.boot_ns,
@@ -488,9 +516,14 @@ impl Engine {
                     datapath,
                 );
                 self.answer(cookie, &answer, framing, datapath)?;
-                match self.flows.get_mut(&cookie) {
-                    Some(flow) if !rest.is_empty() => flow.body(cookie, rest, datapath),
-                    _ => Ok(()),
+                let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
+                match flow.stage {
+                    Stage::Done { .. } if !rest.is_empty() => Err(EngineError::Pipelined),
+                    // The answer has only just been sent, so bytes behind the body are a request that did not wait for it.
+                    _ => match flow.discard(rest)? {
+                        Some(_) => Err(EngineError::Pipelined),
+                        None => Ok(()),
+                    },
                 }
             }
             Decision::NeedKey { issuer, kid, .. } => {
@@ -708,17 +741,25 @@ impl Punted {
                 };
                 Ok(())
             }
-            Stage::Discard { mut body } => {
-                let (taken, end) = body.take(bytes)?;
-                if taken < bytes.len() {
-                    return Err(EngineError::Pipelined);
-                }
-                self.stage = if end { Stage::Done { last_grant: 0 } } else { Stage::Discard { body } };
-                Ok(())
-            }
             Stage::Done { .. } => Err(EngineError::Pipelined),
-            Stage::Head | Stage::Waiting | Stage::Closing => Ok(()),
+            Stage::Discard { .. } | Stage::Head | Stage::Waiting | Stage::Closing => Ok(()),
         }
+    }
+
+    /// The bytes are those of a new request.
+    fn next_request(&mut self, unanswered: bool, now: Now) {
+        self.stage = Stage::Head;
+        self.unanswered = unanswered;
+        self.write_seq_mark = self.last_write_seq;
+        self.since_ns = now.boot_ns;
+    }
+
+    /// Drops what belongs to the body of a refused request; gives what follows it.
+    fn discard<'b>(&mut self, bytes: &'b [u8]) -> Result<Option<&'b [u8]>, EngineError> {
+        let Stage::Discard { mut body } = self.stage else { return Ok(None) };
+        let (taken, end) = body.take(bytes)?;
+        self.stage = if end { Stage::Done { last_grant: 0 } } else { Stage::Discard { body } };
+        Ok(bytes.get(taken..).filter(|rest| !rest.is_empty()))
     }
 
     /// How the flow goes back to the kernel; `None`: it stays.
@@ -728,7 +769,14 @@ impl Punted {
                 Body::Length(left) => (left, 0),
                 Body::Chunked(decoder) => (0, decoder.to_bits()),
             };
-            HandBack { ctl: Ctl::new(state, self.epoch, 0), remaining_bytes, chunked, last_grant }
+            let write_seq_mark = self.write_seq_mark;
+            HandBack {
+                ctl: Ctl::new(state, self.epoch, 0),
+                remaining_bytes,
+                chunked,
+                last_grant,
+                write_seq_mark,
+            }
         };
         match self.stage {
             Stage::Head | Stage::Waiting => None,
@@ -751,10 +799,25 @@ impl Punted {
     }
 }
 
+/// The ends of a socket, from a record's payload.
+fn ends(bytes: &[u8]) -> Option<Ends> {
+    if bytes.len() < size_of::<Ends>() {
+        return None;
+    }
+    // SAFETY: `repr(C)`, integers only, and the slice is long enough.
+    Some(unsafe { bytes.as_ptr().cast::<Ends>().read_unaligned() })
+}
+
 impl HandBack {
     /// A state without a body.
     #[must_use]
     pub const fn empty(state: State, epoch: u32) -> Self {
-        Self { ctl: Ctl::new(state, epoch, 0), remaining_bytes: 0, chunked: 0, last_grant: 0 }
+        Self {
+            ctl: Ctl::new(state, epoch, 0),
+            remaining_bytes: 0,
+            chunked: 0,
+            last_grant: 0,
+            write_seq_mark: 0,
+        }
     }
 }
