@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use enforcer_common::abi::{
-    Ends, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_STRAY, PUNT_UNANSWERED,
-    PuntHeader, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
+    Ends, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_STRAY,
+    PUNT_UNANSWERED, PuntHeader, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
 };
 use enforcer_common::chunked::Chunked;
 use enforcer_common::digest::DigestKey;
@@ -38,6 +38,8 @@ const ANSWERS_MAX: u32 = 128;
 const SHORT_NS: u64 = 2_000_000_000;
 /// How long the kernel repeats a refusal that only policy changes.
 const LONG_NS: u64 = 3_600_000_000_000;
+/// Refusals that are logged one by one between two ticks.
+const LOG_LINES_MAX: u32 = 50;
 /// How often flows are looked for whose end the kernel could not report.
 const SWEEP_NS: u64 = 10_000_000_000;
 
@@ -160,6 +162,8 @@ struct Punted {
     received_bytes: u64,
     /// Bytes that wait for a decision: the head, and what came with it.
     parked: Vec<u8>,
+    /// How many of them were looked through for the end of the head.
+    scanned: usize,
     stage: Stage,
     unanswered: bool,
     observed: bool,
@@ -196,6 +200,7 @@ pub struct Engine {
     timeouts: BTreeMap<(u64, u64), u32>,
     key_requests: Vec<KeyRequest>,
     next_sweep_ns: u64,
+    log: LogLimit,
 }
 
 impl Engine {
@@ -214,6 +219,7 @@ impl Engine {
             timeouts: BTreeMap::new(),
             key_requests: Vec::new(),
             next_sweep_ns: 0,
+            log: LogLimit::default(),
         }
     }
 
@@ -244,9 +250,17 @@ impl Engine {
     ) {
         match header.kind {
             PUNT_DATA => {
-                self.touched.insert(header.cookie);
-                if let Err(error) = self.data(header, bytes, now, keys, datapath) {
-                    self.give_up(header.cookie, header.netns_cookie, error, datapath);
+                match self.data(header, bytes, now, keys, datapath) {
+                    // A full record may be followed by others of the same packet; all others are handed back at once, before the
+                    // client can have its answer and send more.
+                    Ok(()) if bytes.len() < PUNT_CHUNK_BYTES => self.hand_back(header.cookie, datapath),
+                    Ok(()) => {
+                        self.touched.insert(header.cookie);
+                    }
+                    Err(error) => {
+                        self.give_up(header.cookie, header.netns_cookie, error, datapath);
+                        self.touched.insert(header.cookie);
+                    }
                 }
             }
             PUNT_CLOSED => self.forget(header.cookie),
@@ -274,18 +288,22 @@ impl Engine {
     /// After a batch of records: gives back to the kernel what is decided.
     pub fn end_batch<D: Datapath>(&mut self, datapath: &mut D) {
         for cookie in std::mem::take(&mut self.touched) {
-            let Some(flow) = self.flows.get_mut(&cookie) else { continue };
-            let Some(to) = flow.hand_back() else {
-                if matches!(flow.stage, Stage::Head | Stage::Waiting) {
-                    self.timeouts.insert((flow.since_ns + HEAD_TIMEOUT_NS, cookie), flow.epoch);
-                }
-                continue;
-            };
-            let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
-            if datapath.hand_back(cookie, expected, to).is_err() {
-                let netns_cookie = flow.netns_cookie;
-                self.give_up(cookie, netns_cookie, EngineError::InjectFailed, datapath);
+            self.hand_back(cookie, datapath);
+        }
+    }
+
+    fn hand_back<D: Datapath>(&mut self, cookie: u64, datapath: &mut D) {
+        let Some(flow) = self.flows.get(&cookie) else { return };
+        let Some(to) = flow.hand_back() else {
+            if matches!(flow.stage, Stage::Head | Stage::Waiting) {
+                self.timeouts.insert((flow.since_ns + HEAD_TIMEOUT_NS, cookie), flow.epoch);
             }
+            return;
+        };
+        let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
+        if datapath.hand_back(cookie, expected, to).is_err() {
+            let netns_cookie = flow.netns_cookie;
+            self.give_up(cookie, netns_cookie, EngineError::InjectFailed, datapath);
         }
     }
 
@@ -326,11 +344,26 @@ impl Engine {
             }
         }
         self.grants.sweep(now, datapath);
+        self.log.refill();
         if now.boot_ns >= self.next_sweep_ns {
             self.next_sweep_ns = now.boot_ns + SWEEP_NS;
             let gone: Vec<u64> =
                 self.flows.keys().copied().filter(|cookie| !datapath.flow_exists(*cookie)).collect();
             gone.into_iter().for_each(|cookie| self.forget(cookie));
+        }
+    }
+
+    /// Keeps the parked bytes of all flows bounded: the oldest unfinished heads give way, so that clients which never finish theirs
+    /// can't keep others out.
+    fn make_room<D: Datapath>(&mut self, bytes: usize, but: u64, datapath: &mut D) {
+        while self.parked_bytes + bytes > PARKED_TOTAL_MAX_BYTES {
+            let Some((&(_, cookie), &epoch)) = self.timeouts.first_key_value() else { return };
+            self.timeouts.pop_first();
+            let Some(flow) = self.flows.get(&cookie) else { continue };
+            if cookie != but && flow.epoch == epoch && matches!(flow.stage, Stage::Head | Stage::Waiting) {
+                let netns_cookie = flow.netns_cookie;
+                self.give_up(cookie, netns_cookie, EngineError::ParkedFull, datapath);
+            }
         }
     }
 
@@ -345,7 +378,9 @@ impl Engine {
         datapath.count(error.name());
         let flow = self.flows.get(&cookie);
         let observed = flow.is_some_and(|flow| flow.observed);
-        info!(reason = error.name(), peer = datapath.peer(cookie), observed, "connection given up");
+        if self.log.admit() {
+            info!(reason = error.name(), peer = datapath.peer(cookie), observed, "connection given up");
+        }
         match flow {
             Some(flow) if observed => {
                 // Late bytes only mean that the next batch tries again.
@@ -392,11 +427,11 @@ impl Engine {
         };
         match flow.stage {
             Stage::Head | Stage::Waiting => {
-                let full = flow.parked.len() + bytes.len() > PARKED_MAX_BYTES
-                    || self.parked_bytes + bytes.len() > PARKED_TOTAL_MAX_BYTES;
-                if full {
+                if flow.parked.len() + bytes.len() > PARKED_MAX_BYTES {
                     return Err(EngineError::ParkedFull);
                 }
+                self.make_room(bytes.len(), header.cookie, datapath);
+                let flow = self.flows.get_mut(&header.cookie).ok_or(EngineError::RecordLost)?;
                 flow.parked.extend_from_slice(bytes);
                 self.parked_bytes += bytes.len();
                 if flow.stage == Stage::Head {
@@ -426,6 +461,7 @@ impl Engine {
                 netns_cookie: header.netns_cookie,
                 received_bytes: 0,
                 parked: Vec::new(),
+                scanned: 0,
                 stage: if header.skip_bytes == 0 {
                     Stage::Head
                 } else {
@@ -455,9 +491,13 @@ impl Engine {
         if !may_become_head(&flow.parked) {
             return Err(EngineError::NotHttp);
         }
-        let parked = match find_head_end(&flow.parked) {
+        // What was looked through before, less what an end could have begun with.
+        let from = flow.scanned.saturating_sub(3).min(flow.parked.len());
+        flow.scanned = flow.parked.len();
+        let parked = match find_head_end(flow.parked.get(from..).unwrap_or_default()).map(|end| from + end) {
             Some(end) => {
                 self.parked_bytes -= flow.parked.len();
+                flow.scanned = 0;
                 let parked = std::mem::take(&mut flow.parked);
                 (parked, end)
             }
@@ -498,11 +538,11 @@ impl Engine {
                 let server =
                     server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str());
                 let observed = self.flows.get(&cookie).is_some_and(|flow| flow.observed);
-                let (status, reason, peer) = (answer.status, answer.reason, datapath.peer(cookie));
+                let (status, reason) = (answer.status, answer.reason);
                 if status < 400 {
-                    debug!(status, reason, server, peer, "answered");
-                } else {
-                    info!(status, reason, server, peer, observed, "refused");
+                    debug!(status, reason, server, "answered");
+                } else if self.log.admit() {
+                    info!(status, reason, server, peer = datapath.peer(cookie), observed, "refused");
                 }
                 datapath.count(answer.reason);
                 self.remember_refusal(
@@ -554,15 +594,17 @@ impl Engine {
         let fingerprint = self.secrets.fingerprint.fingerprint(token.as_bytes());
         let Some(endpoint_id) = self.flows.get(&cookie).map(|flow| flow.endpoint_id) else { return 0 };
         let granted = self.grants.grant(verified, fingerprint, server_id, self.generation, now, datapath);
-        debug!(
-            %fingerprint,
-            issuer = verified.issuer.name,
-            subject = verified.subject,
-            client_id = verified.client_id,
-            server_id,
-            peer = datapath.peer(cookie),
-            "allowed"
-        );
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            debug!(
+                %fingerprint,
+                issuer = verified.issuer.name,
+                subject = verified.subject,
+                client_id = verified.client_id,
+                server_id,
+                peer = datapath.peer(cookie),
+                "allowed"
+            );
+        }
         datapath.count("allowed");
         let Some(granted) = granted else { return 0 };
         if cacheable {
@@ -796,6 +838,34 @@ impl Punted {
             Stage::Closing if self.observed => Some(HandBack::empty(State::Opaque, self.epoch)),
             Stage::Closing => Some(HandBack::empty(State::Dead, self.epoch)),
         }
+    }
+}
+
+/// How many lines a client can cause: between two ticks, [`LOG_LINES_MAX`]. The rest is counted and told as a number.
+#[derive(Debug, Default)]
+struct LogLimit {
+    lines: u32,
+    left_out: u64,
+}
+
+impl LogLimit {
+    fn admit(&mut self) -> bool {
+        if self.lines < LOG_LINES_MAX {
+            self.lines += 1;
+            return true;
+        }
+        self.left_out += 1;
+        false
+    }
+
+    fn refill(&mut self) {
+        if self.left_out != 0 {
+            info!(
+                left_out = self.left_out,
+                "more refusals than are logged one by one; `enforcer counters` has them all"
+            );
+        }
+        *self = Self::default();
     }
 }
 
