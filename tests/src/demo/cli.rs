@@ -42,9 +42,11 @@ impl Counters {
         self.0.iter().filter(|(name, _)| name.starts_with("punt-")).map(|(_, count)| count).sum()
     }
 
-    /// What a server got to read: heads and bodies that the kernel passed or the daemon injected.
+    /// What a server got to read: heads and bodies that the kernel passed, whatever for, or the daemon injected.
     pub(super) fn reached_server(&self) -> u64 {
-        ["allowed", "allowed-public", "body-passed", "injected"].iter().map(|name| self.get(name)).sum()
+        const PASSED: [&str; 6] =
+            ["allowed", "allowed-public", "body-passed", "injected", "would-refuse", "opaque-passed"];
+        PASSED.iter().map(|name| self.get(name)).sum()
     }
 
     /// Connections that were cut off.
@@ -58,6 +60,11 @@ impl Cli {
         Self { program: program.to_owned(), pin_name: pin_name.to_owned() }
     }
 
+    /// The enforcement's name.
+    pub(super) fn pin_name(&self) -> &str {
+        &self.pin_name
+    }
+
     /// A command on this enforcement. It gets a process group of its own: a Ctrl-C is for the demo, which then ends
     /// everything in order.
     pub(super) fn command(&self, arguments: &[&OsStr]) -> Command {
@@ -68,7 +75,7 @@ impl Cli {
 
     /// How a reader would type a command.
     pub(super) fn shown(&self, arguments: &str) -> String {
-        format!("$ enforcer {arguments} --pin-name {}", self.pin_name)
+        format!("enforcer {arguments} --pin-name {}", self.pin_name)
     }
 
     /// Runs a command, whatever its exit code.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 /// Stands where a token would have been printed.
 const REDACTED: &str = "[token]";
 /// Width of the column before a step's text.
-const MARGIN: &str = "            ";
+const MARGIN: &str = "              ";
 
 /// Writes the steps and keeps count of broken promises. No token passes: the narrator knows them all, and one in a text is a
 /// broken promise of its own.
@@ -97,7 +97,7 @@ impl<W: Write> Narrator<W> {
         let (first, rest) = text.split_once('\n').unwrap_or((text, ""));
         self.labelled("happened", &format!("{first}  [{mark}]"))?;
         for line in rest.lines() {
-            self.line(&format!("{MARGIN}{line}"))?;
+            self.more(line)?;
         }
         Ok(())
     }
@@ -113,6 +113,14 @@ impl<W: Write> Narrator<W> {
             self.line(&format!("      {line}"))?;
         }
         Ok(())
+    }
+
+    /// Goes on with the text of the line before.
+    ///
+    /// # Errors
+    /// As [`Narrator::step`].
+    pub fn more(&mut self, text: &str) -> Result<()> {
+        self.line(&format!("{MARGIN}{text}"))
     }
 
     /// A line outside of the steps.
@@ -137,7 +145,7 @@ impl<W: Write> Narrator<W> {
     }
 
     fn labelled(&mut self, label: &str, text: &str) -> Result<()> {
-        self.line(&format!("    {label:<8}{text}"))
+        self.line(&format!("    {label:<10}{text}"))
     }
 
     fn colored(&self, code: &str, text: &str) -> String {

@@ -19,6 +19,8 @@ use crate::peers::listening_addr;
 const PIN_PREFIX: &str = "enforcer-demo-";
 /// Where the daemon pins when it is not told otherwise.
 const BPFFS: &str = "/sys/fs/bpf";
+/// Where the daemon's lock file stays behind, to tell the commands about the last daemon.
+const LOCKS: &str = "/run/enforcer";
 /// How long a program may take to start. The enforcer tries the kernel first.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long the daemon may take to end: it lets connections end for [`DRAIN_SECS`] first.
@@ -154,6 +156,11 @@ impl Stage {
         self.daemon.as_ref().context("the enforcer was not started")?.cpu_time()
     }
 
+    /// Whether the enforcement's pin directory is there.
+    pub(super) fn pins_exist(&self) -> bool {
+        Path::new(BPFFS).join(self.cli.pin_name()).exists()
+    }
+
     /// Everything the daemon logged.
     pub(super) fn daemon_log(&self) -> String {
         self.daemon.as_ref().map(|daemon| daemon.stdout() + &daemon.stderr()).unwrap_or_default()
@@ -187,6 +194,7 @@ impl Stage {
             stopped.or_else(|_| self.unload())
         };
         self.server = None;
+        remove_lock(self.cli.pin_name());
         removed
     }
 
@@ -216,6 +224,11 @@ fn last_line(text: &str) -> &str {
     text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing")
 }
 
+/// A demo's enforcement never comes back under its name. There is nothing to do if the file is not there.
+fn remove_lock(pin_name: &str) {
+    drop(fs::remove_file(Path::new(LOCKS).join(format!("{pin_name}.lock"))));
+}
+
 /// Removes the enforcements of demos that no longer run. One that can't be removed is no reason not to begin.
 fn sweep(enforcer: &Path) {
     for (pin_name, pid) in demo_pins() {
@@ -228,6 +241,7 @@ fn sweep(enforcer: &Path) {
                 let said = || anyhow!("{}", last_line(&finished.stderr).to_owned());
                 if finished.status.success() { Ok(()) } else { Err(said()) }
             });
+        remove_lock(&pin_name);
         if let Err(error) = outcome {
             eprintln!("enforcer-demo: cannot remove what an earlier demo left as {pin_name}: {error:#}");
         }

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::Result;
 
-use super::{CALL_LIMIT, LEGACY_VERSION, Shared, Show};
+use super::{CALL_LIMIT, LEGACY_VERSION, Show};
 use crate::mcp;
 use crate::raw::{Connection, RequestBuilder};
 
@@ -28,7 +28,7 @@ impl<W: Write> Show<'_, W> {
     }
 
     /// Alice, bob and carol take turns twice: the first time the kernel knows none of the three heads, the second time all.
-    pub(super) async fn two_tokens_on_one_connection(&mut self) -> Result<Shared> {
+    pub(super) async fn two_tokens_on_one_connection(&mut self) -> Result<Connection> {
         self.narrator.step("Other tokens on the same connection").await?;
         let (addr, host) = (self.stage.addr()?, self.stage.addr()?.to_string());
         let turns = [
@@ -59,7 +59,6 @@ impl<W: Write> Show<'_, W> {
             answers.push(format!("{who} {}", response.status));
         }
         self.narrator.happened(kept, &answers.join(", "))?;
-        let refused_request = requests.pop().map(|(_, _, request)| request).unwrap_or_default();
-        Ok(Shared { connection, refused_request })
+        Ok(connection)
     }
 }

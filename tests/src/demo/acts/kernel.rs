@@ -6,9 +6,10 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use serde_json::{Value, json};
 
-use super::{CALL_LIMIT, Shared, Show};
+use super::{CALL_LIMIT, Show};
 use crate::demo::cli::Counters;
 use crate::mcp::{self, CallOutcome, Session};
+use crate::raw::{Connection, RequestBuilder};
 
 /// How many known requests are sent to show that the daemon does not see them.
 const REPEATS: u64 = 1000;
@@ -16,13 +17,13 @@ const REPEATS: u64 = 1000;
 const REPEATS_LIMIT: Duration = Duration::from_secs(60);
 
 impl<W: Write> Show<'_, W> {
-    pub(super) async fn what_the_kernel_holds(&mut self, shared: &Shared) -> Result<()> {
+    pub(super) async fn what_the_kernel_holds(&mut self, connection: &Connection) -> Result<()> {
         self.narrator.step("What the kernel holds now").await?;
         self.narrator.done("the maps are read by the enforcer's own commands")?;
         self.narrator
             .promised("the open connection: 6 requests, of which only the first 3 went to the daemon")?;
         self.table("flows")?;
-        let client = shared.connection.local_addr()?.to_string();
+        let client = connection.local_addr()?.to_string();
         let flows = self.stage.cli().rows("flows")?;
         let flow = flows.iter().find(|row| row.get("client_address") == Some(&json!(client)));
         let number = |name: &str| flow.and_then(|row| row.get(name)).and_then(Value::as_u64);
@@ -90,27 +91,34 @@ impl<W: Write> Show<'_, W> {
         ))
     }
 
-    pub(super) async fn known_refusals(&mut self, mut shared: Shared) -> Result<()> {
+    pub(super) async fn known_refusals(&mut self, mut connection: Connection) -> Result<()> {
         self.narrator.step("Known refusals are answered by the kernel itself").await?;
         self.narrator.done(&format!(
-            "carol sends her request another {REPEATS} times, on the connection she shares"
+            "a call without a token is sent once, and then {REPEATS} times more, on the connection of step 8"
         ))?;
         self.narrator.promised(&format!(
             "{REPEATS} times 401, written by the kernel; nothing more to the daemon, nothing to the server"
         ))?;
+        // The refusal of a call without a token holds until policy changes; that of a bad token is judged again soon.
+        let host = self.stage.addr()?.to_string();
+        let request = RequestBuilder::mcp_call(&host, "/mcp", None, "echo").build();
+        let first = connection.roundtrip(&request)?;
         let before = self.stage.cli().counters()?;
         let mut refused = 0;
         for _ in 0..REPEATS {
-            let response = shared.connection.roundtrip(&shared.refused_request)?;
-            let challenged =
-                response.header("www-authenticate").is_some_and(|value| value.starts_with("Bearer "));
-            refused += u64::from(response.status == 401 && challenged);
+            let response = connection.roundtrip(&request)?;
+            let alike = response.header("www-authenticate") == first.header("www-authenticate");
+            refused += u64::from(first.status == 401 && response.status == 401 && alike);
         }
         let after = self.stage.cli().counters()?;
-        self.narrator.happened(refused == REPEATS, &format!("{refused} times HTTP 401 with a challenge"))?;
+        self.narrator.happened(
+            refused == REPEATS,
+            &format!("{refused} times HTTP 401 with the first one's challenge"),
+        )?;
         self.compare(&before, &after, "refused")?;
         let reached = after.reached_server().saturating_sub(before.reached_server());
-        self.narrator.happened(reached == 0, &format!("pieces of them that reached the server: {reached}"))
+        self.narrator
+            .happened(reached == 0, &format!("passed or injected to the server, by the counters: {reached}"))
     }
 
     /// Shows the counters before and after the repeats; exactly one may have moved, by their number.
@@ -129,8 +137,7 @@ impl<W: Write> Show<'_, W> {
             kept &= after.checked_sub(*before) == Some(*expected);
             table.push_str(&format!("{name:<36}{before:>9}{after:>9}{more:>9}\n"));
         }
-        let shown = self.stage.cli().shown("counters");
-        self.narrator.block(&shown, &table)?;
+        self.narrator.block("read by `enforcer counters` before and after:", &table)?;
         let told = if kept { "exactly that" } else { "the counters moved otherwise" };
         self.narrator.happened(kept, told)
     }
@@ -139,7 +146,7 @@ impl<W: Write> Show<'_, W> {
     fn table(&mut self, noun: &str) -> Result<()> {
         let table = self.stage.cli().table(noun)?;
         let shown = self.stage.cli().shown(noun);
-        self.narrator.block(&shown, &table)
+        self.narrator.block(&format!("$ {shown}"), &table)
     }
 }
 

@@ -16,7 +16,6 @@ use super::narrator::Narrator;
 use super::stage::{SCOPE, Stage};
 use crate::issuer::Mint;
 use crate::mcp::{CallError, CallOutcome, call_tool};
-use crate::raw::Connection;
 
 /// How long a tool call or one exchange on a raw connection may take.
 const CALL_LIMIT: Duration = Duration::from_secs(15);
@@ -47,13 +46,6 @@ pub async fn play<W: Write>(stage: &mut Stage, narrator: &mut Narrator<W>) -> Re
 struct Show<'a, W> {
     stage: &'a mut Stage,
     narrator: &'a mut Narrator<W>,
-}
-
-/// A keep-alive connection on which alice, bob and carol took turns.
-struct Shared {
-    connection: Connection,
-    /// A request with a token for another audience, as sent before.
-    refused_request: Vec<u8>,
 }
 
 impl<W: Write> Show<'_, W> {

@@ -72,7 +72,7 @@ impl<W: Write> Show<'_, W> {
         self.narrator.promised(&format!(
             "HTTP {status} with a challenge that says where to get a token and for which"
         ))?;
-        self.narrator.line(&format!("            scope; {error}; the server reads nothing of it"))?;
+        self.narrator.more(&format!("scope; {error}; the server reads nothing of it"))?;
         let token = mint.map(|mint| self.sign(mint)).transpose()?;
         let before = self.stage.cli().counters()?;
         let outcome = self.add(token.as_deref(), &crate::mcp::newest_version()).await?;
@@ -81,8 +81,10 @@ impl<W: Write> Show<'_, W> {
         self.narrator.happened(is_refusal(&outcome, *status, &expected), &told(&outcome))?;
         let reached = after.reached_server().saturating_sub(before.reached_server());
         let seen = after.punts() + after.get("refused") > before.punts() + before.get("refused");
-        self.narrator
-            .happened(reached == 0 && seen, &format!("pieces of it that reached the server: {reached}"))
+        self.narrator.happened(
+            reached == 0 && seen,
+            &format!("passed or injected to the server, by the counters: {reached}"),
+        )
     }
 
     /// All parameters that the challenge must have, and no others.

@@ -15,10 +15,8 @@ impl<W: Write> Show<'_, W> {
         self.stage.start_server()?;
         let (addr, cgroup) = (self.stage.addr()?, self.stage.cgroup().display().to_string());
         self.narrator.done(&format!("a server on the official Rust SDK listens on {addr}, in the cgroup"))?;
-        self.narrator.line(&format!("            {cgroup};"))?;
-        self.narrator.line(
-            "            a client on the same SDK calls its tool `add` with 2 and 3, without a token",
-        )?;
+        self.narrator.more(&format!("{cgroup};"))?;
+        self.narrator.more("a client on the same SDK calls its tool `add` with 2 and 3, without a token")?;
         self.narrator.promised("nobody protects it yet: the server answers")?;
         let newest = mcp::newest_version();
         let outcome = self.add(None, &newest).await?;
@@ -60,7 +58,7 @@ impl<W: Write> Show<'_, W> {
         let status = self.stage.cli().run(&["status"])?;
         let code = status.status.code();
         self.narrator.happened(
-            code == Some(NOT_LOADED),
+            code == Some(NOT_LOADED) && !self.stage.pins_exist(),
             &format!(
                 "`enforcer status` says {:?}, exit code {}",
                 status_line(&status.stdout, &status.stderr),
