@@ -24,6 +24,15 @@ static TCP_WRITE_SEQ_OFFSET: u32 = 0;
 static TCP_SND_UNA_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 static RECEIVE_QUEUE_LEN_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static SK_SOCKET_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static SOCKET_FILE_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static FILE_FLAGS_OFFSET: u32 = 0;
+
+/// `O_NONBLOCK` in `struct file::f_flags`.
+const O_NONBLOCK: u32 = 0o4000;
 
 /// Adds one to a counter.
 #[inline(always)]
@@ -214,6 +223,31 @@ impl Skb<'_> {
         }
     }
 
+    /// Whether the server may block in `recv` on this socket; also where that can't be told.
+    ///
+    /// An answer of the kernel wakes whoever reads the socket, and a blocking `recv` then fails with EAGAIN (see [`Self::swallow`]).
+    /// Few servers survive that, and one that closes its socket takes the answer along.
+    #[inline(always)]
+    pub(crate) fn server_blocks(&self) -> bool {
+        let Some(tcp) = self.tcp_sock() else { return true };
+        // SAFETY: as in `sequences`; the verifier follows the pointers by the kernel's type information.
+        unsafe {
+            let socket = field(tcp, &raw const SK_SOCKET_OFFSET);
+            if socket.is_null() {
+                return true;
+            }
+            let file = field(socket, &raw const SOCKET_FILE_OFFSET);
+            if file.is_null() {
+                return true;
+            }
+            let flags = file
+                .add((&raw const FILE_FLAGS_OFFSET).read_volatile() as usize)
+                .cast::<u32>()
+                .read_volatile();
+            flags & O_NONBLOCK == 0
+        }
+    }
+
     /// Drops the bytes, without waking the server where that is possible.
     ///
     /// A plain `SK_DROP` wakes whoever reads the socket, and a server that blocks in `recv` then gets EAGAIN although its socket is
@@ -234,6 +268,16 @@ impl Skb<'_> {
         // SAFETY: the context and the map are valid.
         unsafe { bpf_sk_redirect_map(self.raw(), (&raw const SINK).cast_mut().cast(), 0, 0) as u32 }
     }
+}
+
+/// A pointer in a kernel structure.
+///
+/// # Safety
+/// The structure has a pointer at that offset; the verifier checks it.
+#[inline(always)]
+unsafe fn field(structure: *const u8, offset: *const u32) -> *const u8 {
+    // SAFETY: the caller's.
+    unsafe { structure.add(offset.read_volatile() as usize).cast::<*const u8>().read_volatile() }
 }
 
 /// A length that every verifier since 6.1 believes to be in `1..=MAX`: compare first, then mask, with the compiler kept from

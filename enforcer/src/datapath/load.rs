@@ -95,7 +95,10 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
     loader
         .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
         .override_global("TCP_SND_UNA_OFFSET", &offsets.snd_una, true)
-        .override_global("RECEIVE_QUEUE_LEN_OFFSET", &offsets.receive_queue_len, true);
+        .override_global("RECEIVE_QUEUE_LEN_OFFSET", &offsets.receive_queue_len, true)
+        .override_global("SK_SOCKET_OFFSET", &offsets.socket, true)
+        .override_global("SOCKET_FILE_OFFSET", &offsets.file, true)
+        .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true);
     for name in MAPS {
         loader.map_pin_path(*name, pins.pin(name));
     }

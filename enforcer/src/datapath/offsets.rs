@@ -14,6 +14,12 @@ pub struct TcpOffsets {
     pub snd_una: u32,
     /// `sk_receive_queue.qlen`: packets that wait behind the one that is being judged.
     pub receive_queue_len: u32,
+    /// `sk_socket` in `struct sock`.
+    pub socket: u32,
+    /// `file` in `struct socket`.
+    pub file: u32,
+    /// `f_flags` in `struct file`: whether the server's descriptor is blocking.
+    pub file_flags: u32,
 }
 
 /// Why the offsets are not known.
@@ -58,6 +64,9 @@ impl TcpOffsets {
             write_seq: offset("tcp_sock", "write_seq")?,
             snd_una: offset("tcp_sock", "snd_una")?,
             // A `struct tcp_sock` starts with its `struct sock`.
+            socket: offset("sock", "sk_socket")?,
+            file: offset("socket", "file")?,
+            file_flags: offset("file", "f_flags")?,
             receive_queue_len: offset("sock", "sk_receive_queue")? + offset("sk_buff_head", "qlen")?,
         })
     }
