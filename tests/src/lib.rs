@@ -11,8 +11,10 @@
 //! | [`load`] | the closed-loop load generator and its CPU accounting |
 //! | [`peers`] | HTTP servers of other makers: Python, Node, axum |
 //! | [`mcp`] | an MCP server and client on the official SDK |
+//! | [`demo`] | the steps of `cargo xtask demo` |
 
 pub mod bench_server;
+pub mod demo;
 pub mod guard;
 pub mod issuer;
 pub mod load;
