@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use enforcer_tests::enforcement::{Enforcement, Guarded, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::{Cgroup, Deadline};
+use enforcer_tests::guard::{Cgroup, Deadline, wait_until};
 use enforcer_tests::issuer::{Alg, FailMode, Issuer, IssuerServer};
 use enforcer_tests::raw::{Connection, RequestBuilder};
 use enforcer_tests::recorder::{Config, RemoteRecorder};
@@ -159,6 +159,11 @@ impl Served {
         Connection::open(self.recorder.addr(), TIMEOUT)
     }
 
+    /// Lets the pause pass that follows every fetch: no client can make us fetch more often.
+    fn let_refetch_be_due() {
+        thread::sleep(Duration::from_secs(11));
+    }
+
     fn fetches(&self) -> u64 {
         self.keys.hits("/realm/jwks.json")
     }
@@ -171,6 +176,7 @@ fn a_rotated_key_is_fetched_once_and_the_token_passes() -> Result<()> {
     let mut connection = served.connect()?;
     assert_eq!(connection.roundtrip(&served.call(&served.token()?))?.status, 200);
     let fetches = served.fetches();
+    Served::let_refetch_be_due();
     served.issuer.rotate(true)?;
     let (first, second) = (served.token()?, served.token()?);
     assert_eq!(connection.roundtrip(&served.call(&first))?.status, 200);
@@ -205,6 +211,7 @@ fn an_issuer_that_hangs_holds_up_nobody_elses_requests() -> Result<()> {
     let known = served.call(&served.token()?);
     assert_eq!(served.connect()?.roundtrip(&known)?.status, 200);
     let fresh = served.call(&served.token()?);
+    Served::let_refetch_be_due();
     served.keys.set_fail_mode(FailMode::Hang);
     served.issuer.rotate(true)?;
     let mut waiting = served.connect()?;
@@ -226,8 +233,12 @@ fn keys_in_a_file_are_read_again_when_the_file_changes() -> Result<()> {
     guarded.issuer.rotate(true)?;
     let token = guarded.token()?;
     guarded.issuer.write_jwks(&guarded.enforcement.key_file("corp"))?;
-    assert_eq!(guarded.connect()?.roundtrip(&guarded.call(Some(&token)).build())?.status, 200);
-    Ok(())
+    // The file is looked at every two seconds.
+    let call = guarded.call(Some(&token)).build();
+    wait_until("a token of the new key passes", TIMEOUT, || {
+        let status = guarded.connect().and_then(|mut connection| Ok(connection.roundtrip(&call)?.status));
+        status.is_ok_and(|status| status == 200).then_some(())
+    })
 }
 
 #[test]

@@ -107,6 +107,17 @@ impl Guarded {
         Connection::open(self.addr(), TIMEOUT)
     }
 
+    /// A connection that the server has accepted: before that, nobody can tell whether its socket is non-blocking, and the
+    /// daemon refuses what the kernel could.
+    ///
+    /// # Errors
+    /// When it is refused, or not accepted in time.
+    pub fn connect_accepted(&self) -> Result<Connection> {
+        let connection = self.connect()?;
+        self.recorder.wait_for_bytes(connection.local_addr()?, 0, TIMEOUT)?;
+        Ok(connection)
+    }
+
     /// What the server read on the connection whose client end is `client`.
     ///
     /// # Errors
@@ -166,6 +177,14 @@ impl GuardedBuilder {
     #[must_use]
     pub fn recorder(mut self, config: Config) -> Self {
         self.config = config;
+        self
+    }
+
+    /// The server's sockets are non-blocking, as those of event loops are. Only then does the kernel refuse by itself: its
+    /// answer wakes the reader without bytes, which a blocking one does not expect.
+    #[must_use]
+    pub fn nonblocking(mut self) -> Self {
+        self.config.nonblocking = true;
         self
     }
 
