@@ -116,7 +116,8 @@ impl Enforcement {
     /// When it does not become ready.
     pub fn launch(&mut self) -> Result<()> {
         let mut daemon = self.spawn_daemon()?;
-        daemon.wait_for_line(" ready", START_LIMIT)?;
+        let json = self.options.iter().any(|option| option.contains("json"));
+        daemon.wait_for_line(if json { "\"ready\"" } else { " ready" }, START_LIMIT)?;
         self.daemon = Some(daemon);
         Ok(())
     }

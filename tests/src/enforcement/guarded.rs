@@ -35,6 +35,7 @@ pub struct GuardedBuilder {
     issuer_fields: Vec<(String, Value)>,
     observing: bool,
     config: Config,
+    drain_timeout_secs: u64,
     options: Vec<String>,
 }
 
@@ -63,7 +64,8 @@ impl Guarded {
             issuer_fields: Vec::new(),
             observing: false,
             config: Config::default(),
-            options: ["--drain-timeout", "1"].map(str::to_owned).to_vec(),
+            drain_timeout_secs: 1,
+            options: Vec::new(),
         }
     }
 
@@ -188,6 +190,13 @@ impl GuardedBuilder {
         self
     }
 
+    /// How long the daemon lets open connections go on when it is stopped; usually one second.
+    #[must_use]
+    pub fn drain_timeout(mut self, seconds: u64) -> Self {
+        self.drain_timeout_secs = seconds;
+        self
+    }
+
     /// Adds an option of `enforcer run`.
     #[must_use]
     pub fn option(mut self, option: &str) -> Self {
@@ -215,7 +224,9 @@ impl GuardedBuilder {
         }
         let policy = PolicySpec::new(vec![corp], vec![server]);
         let policy = if self.observing { policy.observing() } else { policy };
-        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        let drain_timeout = self.drain_timeout_secs.to_string();
+        let mut options = vec!["--drain-timeout", &drain_timeout];
+        options.extend(self.options.iter().map(String::as_str));
         let enforcement = Enforcement::start_with(cgroup, &policy, &options)?;
         Ok(Guarded { recorder, enforcement, issuer })
     }
