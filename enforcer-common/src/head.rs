@@ -221,10 +221,11 @@ impl Scan {
         if second == 0 {
             return Step::Next;
         }
-        if second & second.wrapping_sub(1) != 0 {
-            return self.fail();
+        if self.line_feed(buf, offset + lowest_byte(second)) == Step::Stop {
+            return Step::Stop;
         }
-        self.line_feed(buf, offset + lowest_byte(second))
+        // Behind the end of the head there may be more of them: a body's, or what the buffer held before.
+        if second & second.wrapping_sub(1) != 0 { self.fail() } else { Step::Next }
     }
 
     #[inline(always)]

@@ -31,6 +31,13 @@ static SOCKET_FILE_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 static FILE_FLAGS_OFFSET: u32 = 0;
 
+#[unsafe(no_mangle)]
+static TCP_RCV_NXT_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static TCP_COPIED_SEQ_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static RECEIVE_BUFFER_OFFSET: u32 = 0;
+
 /// `O_NONBLOCK` in `struct file::f_flags`.
 const O_NONBLOCK: u32 = 0o4000;
 
@@ -133,6 +140,35 @@ pub(crate) struct Skb<'a> {
     pub(crate) ctx: &'a SkBuffContext,
 }
 
+/// The kernel's record of an skb's TCP socket.
+#[inline(always)]
+fn tcp_sock(skb: *mut __sk_buff) -> Option<*const u8> {
+    // SAFETY: the verifier checks the context access, and that the pointers are compared with null.
+    unsafe {
+        let sk = (*skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return None;
+        }
+        let tcp = bpf_skc_to_tcp_sock(sk.cast()).cast::<u8>();
+        if tcp.is_null() { None } else { Some(tcp) }
+    }
+}
+
+/// Bytes that the server has not read yet, and the most that may wait. TCP alone keeps them below its receive buffer; bytes that
+/// pass behind injected ones are not charged to it.
+#[inline(always)]
+pub(crate) fn unread_bytes(skb: *mut __sk_buff) -> Option<(u32, u32)> {
+    let tcp = tcp_sock(skb)?;
+    // SAFETY: as in `Skb::sequences`.
+    unsafe {
+        let number =
+            |offset: *const u32| tcp.add(offset.read_volatile() as usize).cast::<u32>().read_volatile();
+        let unread =
+            number(&raw const TCP_RCV_NXT_OFFSET).wrapping_sub(number(&raw const TCP_COPIED_SEQ_OFFSET));
+        Some((unread, number(&raw const RECEIVE_BUFFER_OFFSET).saturating_mul(2)))
+    }
+}
+
 impl Skb<'_> {
     #[inline(always)]
     fn raw(&self) -> *mut __sk_buff {
@@ -194,24 +230,10 @@ impl Skb<'_> {
         if result == 0 { Ok(()) } else { Err(Failed) }
     }
 
-    /// The kernel's record of the server's socket.
-    #[inline(always)]
-    fn tcp_sock(&self) -> Option<*const u8> {
-        // SAFETY: the verifier checks the context access, and that the pointers are compared with null.
-        unsafe {
-            let sk = (*self.raw()).__bindgen_anon_2.sk;
-            if sk.is_null() {
-                return None;
-            }
-            let tcp = bpf_skc_to_tcp_sock(sk.cast()).cast::<u8>();
-            if tcp.is_null() { None } else { Some(tcp) }
-        }
-    }
-
     /// The server's next sequence number to write, and the oldest one that its client has not acknowledged.
     #[inline(always)]
     pub(crate) fn sequences(&self) -> Option<(u32, u32)> {
-        let tcp = self.tcp_sock()?;
+        let tcp = tcp_sock(self.raw())?;
         // SAFETY: the offsets are constants to the verifier (the loader freezes them), which checks that they name 32-bit fields.
         unsafe {
             let write_seq = (&raw const TCP_WRITE_SEQ_OFFSET).read_volatile() as usize;
@@ -229,7 +251,7 @@ impl Skb<'_> {
     /// Few servers survive that, and one that closes its socket takes the answer along.
     #[inline(always)]
     pub(crate) fn server_blocks(&self) -> bool {
-        let Some(tcp) = self.tcp_sock() else { return true };
+        let Some(tcp) = tcp_sock(self.raw()) else { return true };
         // SAFETY: as in `sequences`; the verifier follows the pointers by the kernel's type information.
         unsafe {
             let socket = field(tcp, &raw const SK_SOCKET_OFFSET);
@@ -255,7 +277,7 @@ impl Skb<'_> {
     /// which then wakes nobody. It also leaves whatever else is queued until the next packet, so it is used only for the last one.
     #[inline(always)]
     pub(crate) fn swallow(&self) -> u32 {
-        let Some(tcp) = self.tcp_sock() else { return SK_DROP };
+        let Some(tcp) = tcp_sock(self.raw()) else { return SK_DROP };
         // SAFETY: as in `sequences`.
         let queued = unsafe {
             let offset = (&raw const RECEIVE_QUEUE_LEN_OFFSET).read_volatile() as usize;

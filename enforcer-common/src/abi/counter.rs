@@ -101,6 +101,16 @@ counters! {
     EndPassed = 35, "end-passed";
     /// A known refusal went to the daemon because the server's socket is blocking.
     PuntBlockingServer = 36, "punt-blocking-server";
+    /// The rest of a refused body and the next head came in one packet: the daemon takes them apart.
+    PuntBehindDiscard = 37, "punt-behind-discard";
+    /// The gate dropped a packet with bytes for a socket that should be guarded and is not.
+    GateStray = 38, "gate-stray";
+    /// The gate dropped a packet with bytes for a dead flow.
+    GateDead = 39, "gate-dead";
+    /// The gate dropped a packet for a flow of the daemon because the ring buffer is filling; its sender will repeat it.
+    GateRing = 40, "gate-ring";
+    /// The gate dropped a packet because the server leaves too many bytes unread; its sender will repeat it.
+    GateUnread = 41, "gate-unread";
 }
 
 /// Size of `COUNTERS`.

@@ -55,16 +55,20 @@ pub struct Flow {
     pub last_grant: u32,
     /// Uid of the caller where it is known, else `u32::MAX`.
     pub caller_uid: u32,
+    /// Interface that the server's socket is bound to; 0: none.
+    pub interface: u32,
+    /// Zero.
+    pub zero: u32,
 }
-assert_layout!(Flow, 160, [
+assert_layout!(Flow, 168, [
     ctl: u64, remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, last_request_ns: u64,
     caller_cgroup_id: u64, requests: u64, allowed: u64, refused: u64, punts: u64, punted_bytes: u64,
     local: EndpointKey, peer: EndpointKey, endpoint_id: u32, unavailable_reply_id: u32, flags: u32,
-    write_seq_mark: u32, last_grant: u32, caller_uid: u32,
+    write_seq_mark: u32, last_grant: u32, caller_uid: u32, interface: u32, zero: u32,
 ]);
 
 /// Size of `FLOWS`.
 pub const MAX_FLOWS: u32 = 65_536;
-/// Size of `SOCKETS`. Larger than [`MAX_FLOWS`] by far, because a socket that is not in it talks unguarded, while a
-/// socket without a flow record gets nothing; elements are allocated one by one, only the buckets beforehand.
-pub const MAX_SOCKETS: u32 = 1 << 20;
+/// Size of `SOCKETS`. Larger than [`MAX_FLOWS`], because a connection without a flow record is dropped by the judge at once, while
+/// one that is not in here needs the gate. Elements are allocated one by one, only the buckets beforehand.
+pub const MAX_SOCKETS: u32 = 1 << 18;

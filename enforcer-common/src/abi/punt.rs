@@ -1,6 +1,6 @@
 //! The ring buffer to the daemon and the datagrams back.
 
-use super::assert_layout;
+use super::{EndpointKey, assert_layout};
 
 /// Bytes of a flow that the daemon owns.
 pub const PUNT_DATA: u32 = 1;
@@ -10,6 +10,9 @@ pub const PUNT_CLOSED: u32 = 2;
 pub const PUNT_DEAD: u32 = 3;
 /// A socket could not be guarded (MPTCP, say) and was fenced: the daemon is asked to destroy it.
 pub const PUNT_FENCED: u32 = 4;
+/// A socket at a protected endpoint that is not guarded (it was accepted before the programs were attached, say) got bytes,
+/// which were dropped: the daemon is asked to destroy it. [`Ends`] follow.
+pub const PUNT_STRAY: u32 = 5;
 
 /// The previous request on this flow was not answered yet, so an answer of ours could overtake the server's.
 pub const PUNT_UNANSWERED: u32 = 1;
@@ -26,6 +29,8 @@ pub struct PuntHeader {
     pub offset_bytes: u64,
     /// Network namespace cookie of the server's socket.
     pub netns_cookie: u64,
+    /// Bytes at the start of an epoch that belong to the body of a request that was refused before.
+    pub skip_bytes: u64,
     /// `PUNT_DATA`, ...
     pub kind: u32,
     /// Punt epoch of the flow: one per hand-over to the daemon.
@@ -38,11 +43,26 @@ pub struct PuntHeader {
     pub endpoint_id: u32,
     /// Why the kernel punted or gave up: a [`super::Counter`].
     pub reason: u32,
+    /// The server's send sequence when these bytes came.
+    pub write_seq: u32,
+    /// Interface that the server's socket is bound to; 0: none.
+    pub interface: u32,
 }
-assert_layout!(PuntHeader, 48, [
-    cookie: u64, offset_bytes: u64, netns_cookie: u64, kind: u32, epoch: u32, len_bytes: u32, flags: u32,
-    endpoint_id: u32, reason: u32,
+assert_layout!(PuntHeader, 64, [
+    cookie: u64, offset_bytes: u64, netns_cookie: u64, skip_bytes: u64, kind: u32, epoch: u32, len_bytes: u32,
+    flags: u32, endpoint_id: u32, reason: u32, write_seq: u32, interface: u32,
 ]);
+
+/// Payload of [`PUNT_STRAY`]: the ends of a socket that has no flow record.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends {
+    /// The server's.
+    pub local: EndpointKey,
+    /// The client's.
+    pub peer: EndpointKey,
+}
+assert_layout!(Ends, 40, [local: EndpointKey, peer: EndpointKey]);
 
 /// Payload of a large record, a power of two (for the verifier); longer skbs make several records.
 pub const PUNT_CHUNK_BYTES: usize = 16_384;
@@ -52,6 +72,8 @@ pub const PUNT_SMALL_BYTES: usize = 2_048;
 pub const PUNT_MAX_CHUNKS: u32 = 32;
 /// Size of `PUNTS`, in bytes.
 pub const PUNTS_BYTES: u32 = 16 << 20;
+/// Bytes in `PUNTS` from which on the gate holds the senders of punted flows back.
+pub const PUNTS_BRAKE_BYTES: u64 = 4 << 20;
 
 /// Bytes for the server, as if the client had sent them.
 pub const INJECT_TO_SERVER: u32 = 1;
@@ -80,9 +102,14 @@ pub struct InjectHeader {
     pub kind: u32,
     /// Slot of the grant that the request used, plus one; 0: none.
     pub last_grant: u32,
+    /// `INJECT_HAND_BACK`: `Flow::write_seq_mark`.
+    pub write_seq_mark: u32,
+    /// Zero.
+    pub zero: u32,
 }
-assert_layout!(InjectHeader, 48, [
+assert_layout!(InjectHeader, 56, [
     cookie: u64, expected_ctl: u64, new_ctl: u64, remaining_bytes: u64, chunked: u64, kind: u32, last_grant: u32,
+    write_seq_mark: u32, zero: u32,
 ]);
 
 /// Entries of `INJECTORS`.

@@ -161,6 +161,24 @@ fn body_bytes_and_the_endpoint() {
 }
 
 #[test]
+fn what_lies_behind_the_head_does_not_count() {
+    for pad in 0..16 {
+        let head = |length: &str| {
+            format!("POST / HTTP/1.1\r\nX: {}\r\nContent-Length: {length}\r\n\r\n", "a".repeat(pad))
+        };
+        let (short, long) = (head("0"), head("100"));
+        // The buffer still holds an earlier head, whose end is a byte or two further on.
+        let mut buf = HeadBuf::new();
+        buf.bytes[..long.len()].copy_from_slice(long.as_bytes());
+        buf.bytes[..short.len()].copy_from_slice(short.as_bytes());
+        let found = analyze(&mut buf, short.len() as u32, &key(1), 5);
+        assert_eq!(found, analyze_bytes(short.as_bytes(), &key(1), 5), "pad {pad}");
+        assert!(found.is_ok());
+        assert_eq!(digest(&format!("{short}\n\n\n\n")), digest(&short));
+    }
+}
+
+#[test]
 fn unusual_heads_are_misses() {
     for head in [
         "GET / HTTP/1.1\nHost: a\n\n",

@@ -56,6 +56,7 @@ fn hand_back(header: &InjectHeader) -> u32 {
     let ctl = unsafe {
         (&raw mut (*flow).remaining_bytes).write_volatile(header.remaining_bytes);
         (&raw mut (*flow).chunked).write_volatile(header.chunked);
+        (&raw mut (*flow).write_seq_mark).write_volatile(header.write_seq_mark);
         if header.last_grant != 0 {
             (&raw mut (*flow).last_grant).write_volatile(header.last_grant);
         }

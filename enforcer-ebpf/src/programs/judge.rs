@@ -12,13 +12,13 @@ use enforcer_common::flow::{Advance, Ctl, State, advance, answered};
 use enforcer_common::head::{HeadInfo, Miss};
 use enforcer_common::verdict::{self, Known};
 
-use super::punt::{self, Event};
+use super::punt::{self, Event, Handed};
 use super::recognise::{self, Head};
 use crate::kernel::{CtlCell, Skb, config, count, now_ns, repeat};
 use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS, VERDICTS};
 
-/// The most steps of the chunk decoder over one skb: about 700 chunks.
-const CHUNK_STEPS: u32 = 4096;
+/// The most steps of the chunk decoder over one skb: one for each of its bytes, however small the chunks.
+const CHUNK_STEPS: u32 = 1 << 19;
 
 /// What happens to an skb.
 #[must_use]
@@ -29,8 +29,8 @@ enum Outcome {
     Drop(Counter, State, u64),
     /// It becomes the answer with this number; so many bytes of the request's body will follow.
     Reply(Counter, u32, u64),
-    /// The flow is the daemon's from here on.
-    Punt(Counter),
+    /// The flow is the daemon's from here on; so many bytes still belong to a refused request's body.
+    Punt(Counter, u64),
     /// The flow is the daemon's already; taken care of before anything else.
     PuntMore,
     /// Nothing passes any more.
@@ -72,8 +72,7 @@ fn judge(ctx: SkBuffContext) -> u32 {
         }
         match claim(&input, flow) {
             Claim::Done(ctl) => {
-                let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
-                return hand_over(&input, flow, ctl, Counter::PuntContinued, flags);
+                return hand_over(&input, flow, ctl, Counter::PuntContinued, 0);
             }
             Claim::TooLong => break Outcome::Dead(Counter::DeadTooLong),
             // The daemon handed the flow back at this very moment. The bytes follow all that it has injected, so they are judged
@@ -110,7 +109,6 @@ fn claim(input: &Input<'_>, flow: &mut Flow) -> Claim {
     if !ctl.replace(now, next) {
         return Claim::HandedBack;
     }
-    flow.write_seq_mark = input.write_seq;
     count(Counter::PuntContinued);
     Claim::Done(next)
 }
@@ -138,7 +136,11 @@ fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
         DISCARD => match advance(flow.remaining_bytes, input.len) {
             Advance::Within(left) => Outcome::Drop(Counter::BodyDiscarded, State::Discard, left),
             Advance::End => Outcome::Drop(Counter::BodyDiscarded, State::Head, 0),
-            Advance::Past => Outcome::Dead(Counter::DeadPipelined),
+            // The refusal was sent before, so the client may rightly be in its next request: no pipelining.
+            Advance::Past => match look_for_answer(input, flow) {
+                Ok(()) => Outcome::Punt(Counter::PuntBehindDiscard, flow.remaining_bytes),
+                Err(counter) => Outcome::Dead(counter),
+            },
         },
         OPAQUE if flow.flags & FLOW_OBSERVE != 0 => Outcome::Pass(Counter::OpaquePassed, State::Opaque, 0),
         _ => Outcome::Drop(Counter::DeadDropped, State::Dead, 0),
@@ -188,8 +190,8 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     }
 }
 
-/// Notes whether the server has answered what came before these bytes. While the daemon owns the flow it alone knows where a
-/// request starts, so every skb is looked at; a mark in the middle of a body only makes the next answer wait longer.
+/// Looks whether the server has answered what came before these bytes. The mark moves where a request starts: in [`on_head`], or
+/// with a hand-back, because while the daemon owns the flow it alone knows where that is.
 #[inline(always)]
 fn look_for_answer(input: &mut Input<'_>, flow: &Flow) -> Result<(), Counter> {
     let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
@@ -226,11 +228,11 @@ fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, cou
         return if matches!(counter, Counter::RefusedUnavailable) {
             Outcome::Dead(Counter::DeadUnavailable)
         } else {
-            Outcome::Punt(Counter::PuntReplyTooLong)
+            Outcome::Punt(Counter::PuntReplyTooLong, 0)
         };
     }
     if matches!(counter, Counter::Refused) && input.skb.server_blocks() {
-        return Outcome::Punt(Counter::PuntBlockingServer);
+        return Outcome::Punt(Counter::PuntBlockingServer, 0);
     }
     flow.refused += 1;
     Outcome::Reply(counter, reply_id, left)
@@ -249,7 +251,7 @@ fn punt(
     let alive =
         config.abi_version != 0 && now_ns.wrapping_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
     if alive || flow.flags & FLOW_OBSERVE != 0 {
-        return Outcome::Punt(reason);
+        return Outcome::Punt(reason, 0);
     }
     match info {
         Some(info) => refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable),
@@ -336,14 +338,13 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
             input.skb.swallow()
         }
         Outcome::Reply(counter, reply_id, left) => reply(input, flow, counter, reply_id, left),
-        Outcome::Punt(reason) => {
+        Outcome::Punt(reason, skip_bytes) => {
             flow.punts += 1;
             flow.flags |= FLOW_PUNTED_ONCE;
             let next = ctl.load().punt(input.len);
             ctl.store(next);
             count(reason);
-            let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
-            hand_over(input, flow, next, reason, flags)
+            hand_over(input, flow, next, reason, skip_bytes)
         }
         Outcome::PuntMore => dead(input, flow, Counter::DeadHelper),
         Outcome::Dead(reason) => dead(input, flow, reason),
@@ -351,15 +352,11 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
 }
 
 #[inline(always)]
-fn hand_over(
-    input: &Input<'_>,
-    flow: &mut Flow,
-    ctl: Ctl,
-    reason: Counter,
-    flags: u32,
-) -> u32 {
+fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: Ctl, reason: Counter, skip_bytes: u64) -> u32 {
     flow.punted_bytes += input.len;
-    match punt::bytes(input.skb, flow, input.cookie, ctl, reason, flags) {
+    let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
+    let what = Handed { reason, flags, write_seq: input.write_seq, skip_bytes };
+    match punt::bytes(input.skb, flow, input.cookie, ctl, &what) {
         // Observe mode: the daemon has a copy, the server gets the bytes.
         Ok(()) if flow.flags & FLOW_OBSERVE != 0 => SK_PASS,
         Ok(()) => input.skb.swallow(),
@@ -413,6 +410,8 @@ fn dead(input: &Input<'_>, flow: &mut Flow, reason: Counter) -> u32 {
         netns_cookie: flow.netns_cookie,
         endpoint_id: flow.endpoint_id,
         reason,
+        interface: flow.interface,
+        ends: None,
     });
     input.skb.swallow()
 }

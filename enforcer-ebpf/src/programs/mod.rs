@@ -1,5 +1,6 @@
 //! One file per hook.
 
+pub(crate) mod gate;
 pub(crate) mod inject;
 pub(crate) mod judge;
 pub(crate) mod punt;

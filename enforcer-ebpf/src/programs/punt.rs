@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::{bpf_ringbuf_discard, bpf_ringbuf_reserve, bpf_ringbuf_submit};
 use enforcer_common::abi::{
-    Counter, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_DATA, PUNT_MAX_CHUNKS, PUNT_OBSERVED,
+    Counter, Ends, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_DATA, PUNT_MAX_CHUNKS, PUNT_OBSERVED,
     PUNT_SMALL_BYTES, PuntHeader,
 };
 use enforcer_common::flow::Ctl;
@@ -17,6 +17,9 @@ pub(crate) struct Event {
     pub(crate) netns_cookie: u64,
     pub(crate) endpoint_id: u32,
     pub(crate) reason: Counter,
+    pub(crate) interface: u32,
+    /// The ends of a socket that has no flow record.
+    pub(crate) ends: Option<Ends>,
 }
 
 /// Tells the daemon; a full ring buffer loses the event, which is counted (the daemon also looks for itself now and then).
@@ -24,7 +27,7 @@ pub(crate) struct Event {
 pub(crate) fn event(event: Event) {
     // SAFETY: the reservation has the header's size and is submitted once.
     unsafe {
-        let record = reserve(size_of::<PuntHeader>() as u64).cast::<PuntHeader>();
+        let record = reserve((size_of::<PuntHeader>() + size_of::<Ends>()) as u64).cast::<PuntHeader>();
         if record.is_null() {
             count(Counter::EventLost);
             return;
@@ -33,13 +36,19 @@ pub(crate) fn event(event: Event) {
             cookie: event.cookie,
             offset_bytes: 0,
             netns_cookie: event.netns_cookie,
+            skip_bytes: 0,
             kind: event.kind,
             epoch: 0,
-            len_bytes: 0,
+            len_bytes: if event.ends.is_some() { size_of::<Ends>() as u32 } else { 0 },
             flags: 0,
             endpoint_id: event.endpoint_id,
             reason: event.reason as u32,
+            write_seq: 0,
+            interface: event.interface,
         });
+        if let Some(ends) = event.ends {
+            record.add(1).cast::<Ends>().write(ends);
+        }
         bpf_ringbuf_submit(record.cast(), 0);
     }
 }
@@ -48,6 +57,14 @@ pub(crate) fn event(event: Event) {
 unsafe fn reserve(len: u64) -> *mut core::ffi::c_void {
     // SAFETY: the map is a ring buffer; a null result is for the caller to see.
     unsafe { bpf_ringbuf_reserve((&raw const PUNTS).cast_mut().cast(), len, 0) }
+}
+
+/// What the daemon is told with bytes.
+pub(crate) struct Handed {
+    pub(crate) reason: Counter,
+    pub(crate) flags: u32,
+    pub(crate) write_seq: u32,
+    pub(crate) skip_bytes: u64,
 }
 
 struct Copy<'a> {
@@ -61,14 +78,7 @@ struct Copy<'a> {
 
 /// Copies a whole skb into the ring buffer, as bytes from `ctl`'s punted count on backwards.
 #[inline(always)]
-pub(crate) fn bytes(
-    skb: Skb<'_>,
-    flow: &Flow,
-    cookie: u64,
-    ctl: Ctl,
-    reason: Counter,
-    flags: u32,
-) -> Result<(), Counter> {
+pub(crate) fn bytes(skb: Skb<'_>, flow: &Flow, cookie: u64, ctl: Ctl, what: &Handed) -> Result<(), Counter> {
     let len = skb.len();
     if len > PUNT_MAX_CHUNKS * PUNT_CHUNK_BYTES as u32 {
         return Err(Counter::DeadTooLong);
@@ -78,12 +88,15 @@ pub(crate) fn bytes(
         cookie,
         offset_bytes: ctl.punted_bytes() - u64::from(len),
         netns_cookie: flow.netns_cookie,
+        skip_bytes: what.skip_bytes,
         kind: PUNT_DATA,
         epoch: ctl.epoch(),
         len_bytes: len,
-        flags: flags | observed,
+        flags: what.flags | observed,
         endpoint_id: flow.endpoint_id,
-        reason: reason as u32,
+        reason: what.reason as u32,
+        write_seq: what.write_seq,
+        interface: flow.interface,
     };
     if len <= PUNT_SMALL_BYTES as u32 {
         // SAFETY: header and payload fit the reservation, which is submitted or discarded once.

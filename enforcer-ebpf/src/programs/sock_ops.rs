@@ -1,15 +1,12 @@
 //! `sock_ops` on a cgroup: guards each connection that a protected endpoint accepts, before its first byte can be read.
 
-use core::ffi::c_void;
-
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
     BPF_TCP_CLOSE, bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt, bpf_sock_hash_update,
-    bpf_sock_ops_cb_flags_set,
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
 };
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
@@ -20,15 +17,11 @@ use enforcer_common::abi::{
 use enforcer_common::flow::{Ctl, State};
 
 use super::punt::{self, Event};
-use crate::kernel::{config, count, now_ns};
+use crate::kernel::{CtlCell, config, count, now_ns};
 use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
-const SOL_SOCKET: i32 = 1;
-const SO_BINDTOIFINDEX: i32 = 62;
-/// No interface has this number.
-const NO_INTERFACE: i32 = i32::MAX;
 
 #[sock_ops]
 fn tag_flow(ctx: SockOpsContext) -> u32 {
@@ -50,6 +43,7 @@ fn established(ctx: &SockOpsContext) {
     // SAFETY: the context is valid; as below.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let interface = interface(ctx);
     let observe = config.mode == MODE_OBSERVE;
     let flow = Flow {
         ctl: Ctl::new(State::Head, 0, 0).0,
@@ -72,6 +66,8 @@ fn established(ctx: &SockOpsContext) {
         write_seq_mark: 0,
         last_grant: 0,
         caller_uid: u32::MAX,
+        interface,
+        zero: 0,
     };
     // Without a record the socket is guarded all the same: the judge drops what it has no record for.
     if FLOWS.insert(cookie, flow, 0).is_err() {
@@ -88,8 +84,22 @@ fn established(ctx: &SockOpsContext) {
         )
     };
     if result != 0 {
-        fence(ctx, cookie, netns_cookie, endpoint.endpoint_id);
-        return;
+        // It can't be guarded (it speaks MPTCP, say), so it must not talk: the gate drops whatever comes for a dead flow, and the
+        // daemon destroys the socket.
+        if let Some(flow) = FLOWS.get_ptr_mut(cookie) {
+            // SAFETY: a valid map value; no program but this one has seen it yet.
+            CtlCell::new(unsafe { &raw mut (*flow).ctl }).store(Ctl::new(State::Dead, 0, 0));
+        }
+        count(Counter::SocketFenced);
+        punt::event(Event {
+            kind: PUNT_FENCED,
+            cookie,
+            netns_cookie,
+            endpoint_id: endpoint.endpoint_id,
+            reason: Counter::SocketFenced,
+            interface,
+            ends: None,
+        });
     }
     // SAFETY: the context is valid.
     unsafe {
@@ -99,29 +109,14 @@ fn established(ctx: &SockOpsContext) {
     count(Counter::FlowTagged);
 }
 
-/// A socket that can't be guarded (it speaks MPTCP, say) must not talk: bound to an interface that does not exist, it is not
-/// found for any further packet, and the listener resets its peer. The daemon destroys it besides.
-fn fence(ctx: &SockOpsContext, cookie: u64, netns_cookie: u64, endpoint_id: u32) {
-    let mut interface = NO_INTERFACE;
-    // SAFETY: the option's value is an int.
+/// Interface that the socket is bound to; 0: none.
+#[inline(always)]
+fn interface(ctx: &SockOpsContext) -> u32 {
+    // SAFETY: the verifier checks the context access, and that the pointer is compared with null.
     unsafe {
-        bpf_setsockopt(
-            ctx.as_ptr(),
-            SOL_SOCKET,
-            SO_BINDTOIFINDEX,
-            (&raw mut interface).cast::<c_void>(),
-            size_of::<i32>() as i32,
-        );
+        let sk = (*ctx.as_ptr().cast::<bpf_sock_ops>()).__bindgen_anon_2.sk;
+        if sk.is_null() { 0 } else { (*sk).bound_dev_if }
     }
-    let _ = FLOWS.remove(cookie);
-    count(Counter::SocketFenced);
-    punt::event(Event {
-        kind: PUNT_FENCED,
-        cookie,
-        netns_cookie,
-        endpoint_id,
-        reason: Counter::SocketFenced,
-    });
 }
 
 fn closed(ctx: &SockOpsContext) {
@@ -130,6 +125,7 @@ fn closed(ctx: &SockOpsContext) {
     // SAFETY: the entry is read while the map holds it; only this callback removes it.
     let Some(flow) = (unsafe { FLOWS.get(cookie) }) else { return };
     let (flags, netns_cookie, endpoint_id) = (flow.flags, flow.netns_cookie, flow.endpoint_id);
+    let interface = flow.interface;
     let _ = FLOWS.remove(cookie);
     count(Counter::FlowClosed);
     if flags & FLOW_PUNTED_ONCE != 0 {
@@ -139,12 +135,14 @@ fn closed(ctx: &SockOpsContext) {
             netns_cookie,
             endpoint_id,
             reason: Counter::FlowClosed,
+            interface,
+            ends: None,
         });
     }
 }
 
 #[inline(always)]
-fn endpoint(local: EndpointKey) -> Option<&'static Endpoint> {
+pub(crate) fn endpoint(local: EndpointKey) -> Option<&'static Endpoint> {
     // SAFETY: entries are only replaced as a whole, by the daemon.
     unsafe { ENDPOINTS.get(local).or_else(|| ENDPOINTS.get(local.wildcard())) }
 }
@@ -167,7 +165,7 @@ fn peer(ctx: &SockOpsContext) -> EndpointKey {
 }
 
 #[inline(always)]
-fn v4(addr: u32, port: u16) -> EndpointKey {
+pub(crate) fn v4(addr: u32, port: u16) -> EndpointKey {
     let mut key = EndpointKey { addr: [0; 16], port, family: FAMILY_V4, zero: 0 };
     let bytes = addr.to_ne_bytes();
     key.addr[0] = bytes[0];
@@ -179,7 +177,7 @@ fn v4(addr: u32, port: u16) -> EndpointKey {
 
 /// A v4-mapped address is an IPv4 address: a server that listens on `::` speaks both.
 #[inline(always)]
-fn v6(addr: [u32; 4], port: u16) -> EndpointKey {
+pub(crate) fn v6(addr: [u32; 4], port: u16) -> EndpointKey {
     if addr[0] == 0 && addr[1] == 0 && addr[2] == 0xffff_u32.to_be() {
         return v4(addr[3], port);
     }

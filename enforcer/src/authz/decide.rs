@@ -334,7 +334,11 @@ impl Request<'_, '_> {
         // A client that waits for 100 Continue may or may not send its body after a refusal (RFC 9110, section
         // 10.1.1): what comes next could be a body or a head.
         let ambiguous = self.head.expects_continue() && !self.head.framing().is_empty();
-        let draft = if ambiguous || !self.keeps_alive() { draft.closing() } else { draft };
+        // The kernel skips a refused body by its length. One without would have to be read to its end by the daemon, for as long
+        // as a client cares to send.
+        let endless = self.head.framing() == Framing::Chunked;
+        let closes = ambiguous || endless || !self.keeps_alive();
+        let draft = if closes { draft.closing() } else { draft };
         let answer = draft.finish(self.head.method());
         // The kernel's replies keep the connection open, and have a body.
         let repeatable = self.is_recognisable() && !answer.close && self.head.method() != "HEAD";

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use enforcer_common::abi::{
-    PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader,
-    VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
+    Ends, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_STRAY,
+    PUNT_UNANSWERED, PuntHeader, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
 };
 use enforcer_common::chunked::Chunked;
 use enforcer_common::digest::DigestKey;
@@ -38,6 +38,8 @@ const ANSWERS_MAX: u32 = 128;
 const SHORT_NS: u64 = 2_000_000_000;
 /// How long the kernel repeats a refusal that only policy changes.
 const LONG_NS: u64 = 3_600_000_000_000;
+/// Refusals that are logged one by one between two ticks.
+const LOG_LINES_MAX: u32 = 50;
 /// How often flows are looked for whose end the kernel could not report.
 const SWEEP_NS: u64 = 10_000_000_000;
 
@@ -160,6 +162,8 @@ struct Punted {
     received_bytes: u64,
     /// Bytes that wait for a decision: the head, and what came with it.
     parked: Vec<u8>,
+    /// How many of them were looked through for the end of the head.
+    scanned: usize,
     stage: Stage,
     unanswered: bool,
     observed: bool,
@@ -167,6 +171,10 @@ struct Punted {
     since_ns: u64,
     /// Answers given in a row.
     answers: u32,
+    /// The server's send sequence when the current request began.
+    write_seq_mark: u32,
+    /// The server's send sequence when the last bytes came.
+    last_write_seq: u32,
 }
 
 /// Random secrets of one load.
@@ -192,6 +200,7 @@ pub struct Engine {
     timeouts: BTreeMap<(u64, u64), u32>,
     key_requests: Vec<KeyRequest>,
     next_sweep_ns: u64,
+    log: LogLimit,
 }
 
 impl Engine {
@@ -210,6 +219,7 @@ impl Engine {
             timeouts: BTreeMap::new(),
             key_requests: Vec::new(),
             next_sweep_ns: 0,
+            log: LogLimit::default(),
         }
     }
 
@@ -240,15 +250,32 @@ impl Engine {
     ) {
         match header.kind {
             PUNT_DATA => {
-                self.touched.insert(header.cookie);
-                if let Err(error) = self.data(header, bytes, now, keys, datapath) {
-                    self.give_up(header.cookie, header.netns_cookie, error, datapath);
+                match self.data(header, bytes, now, keys, datapath) {
+                    // A full record may be followed by others of the same packet; all others are handed back at once, before the
+                    // client can have its answer and send more.
+                    Ok(()) if bytes.len() < PUNT_CHUNK_BYTES => self.hand_back(header.cookie, datapath),
+                    Ok(()) => {
+                        self.touched.insert(header.cookie);
+                    }
+                    Err(error) => {
+                        self.give_up(header.cookie, header.netns_cookie, error, datapath);
+                        self.touched.insert(header.cookie);
+                    }
                 }
             }
             PUNT_CLOSED => self.forget(header.cookie),
             PUNT_DEAD => {
                 self.forget(header.cookie);
                 datapath.destroy(header.cookie, header.netns_cookie, 0);
+            }
+            PUNT_STRAY => {
+                let Some(ends) = ends(bytes) else { return };
+                datapath.count("unguarded-connection");
+                info!(
+                    cookie = header.cookie,
+                    "a connection from before the enforcement got bytes; it is destroyed"
+                );
+                datapath.destroy_stray(header.cookie, header.netns_cookie, header.interface, ends);
             }
             PUNT_FENCED => {
                 warn!(cookie = header.cookie, "a connection could not be guarded and was cut off (MPTCP?)");
@@ -261,13 +288,22 @@ impl Engine {
     /// After a batch of records: gives back to the kernel what is decided.
     pub fn end_batch<D: Datapath>(&mut self, datapath: &mut D) {
         for cookie in std::mem::take(&mut self.touched) {
-            let Some(flow) = self.flows.get_mut(&cookie) else { continue };
-            let Some(to) = flow.hand_back() else { continue };
-            let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
-            if datapath.hand_back(cookie, expected, to).is_err() {
-                let netns_cookie = flow.netns_cookie;
-                self.give_up(cookie, netns_cookie, EngineError::InjectFailed, datapath);
+            self.hand_back(cookie, datapath);
+        }
+    }
+
+    fn hand_back<D: Datapath>(&mut self, cookie: u64, datapath: &mut D) {
+        let Some(flow) = self.flows.get(&cookie) else { return };
+        let Some(to) = flow.hand_back() else {
+            if matches!(flow.stage, Stage::Head | Stage::Waiting) {
+                self.timeouts.insert((flow.since_ns + HEAD_TIMEOUT_NS, cookie), flow.epoch);
             }
+            return;
+        };
+        let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
+        if datapath.hand_back(cookie, expected, to).is_err() {
+            let netns_cookie = flow.netns_cookie;
+            self.give_up(cookie, netns_cookie, EngineError::InjectFailed, datapath);
         }
     }
 
@@ -308,11 +344,26 @@ impl Engine {
             }
         }
         self.grants.sweep(now, datapath);
+        self.log.refill();
         if now.boot_ns >= self.next_sweep_ns {
             self.next_sweep_ns = now.boot_ns + SWEEP_NS;
             let gone: Vec<u64> =
                 self.flows.keys().copied().filter(|cookie| !datapath.flow_exists(*cookie)).collect();
             gone.into_iter().for_each(|cookie| self.forget(cookie));
+        }
+    }
+
+    /// Keeps the parked bytes of all flows bounded: the oldest unfinished heads give way, so that clients which never finish theirs
+    /// can't keep others out.
+    fn make_room<D: Datapath>(&mut self, bytes: usize, but: u64, datapath: &mut D) {
+        while self.parked_bytes + bytes > PARKED_TOTAL_MAX_BYTES {
+            let Some((&(_, cookie), &epoch)) = self.timeouts.first_key_value() else { return };
+            self.timeouts.pop_first();
+            let Some(flow) = self.flows.get(&cookie) else { continue };
+            if cookie != but && flow.epoch == epoch && matches!(flow.stage, Stage::Head | Stage::Waiting) {
+                let netns_cookie = flow.netns_cookie;
+                self.give_up(cookie, netns_cookie, EngineError::ParkedFull, datapath);
+            }
         }
     }
 
@@ -327,7 +378,9 @@ impl Engine {
         datapath.count(error.name());
         let flow = self.flows.get(&cookie);
         let observed = flow.is_some_and(|flow| flow.observed);
-        info!(reason = error.name(), peer = datapath.peer(cookie), observed, "connection given up");
+        if self.log.admit() {
+            info!(reason = error.name(), peer = datapath.peer(cookie), observed, "connection given up");
+        }
         match flow {
             Some(flow) if observed => {
                 // Late bytes only mean that the next batch tries again.
@@ -360,20 +413,25 @@ impl Engine {
             return Err(EngineError::RecordLost);
         }
         flow.received_bytes += bytes.len() as u64;
+        flow.last_write_seq = header.write_seq;
         if let Stage::Done { .. } = flow.stage {
             // The client was faster than the hand-back: the next request begins.
-            flow.stage = Stage::Head;
-            flow.unanswered = header.flags & PUNT_UNANSWERED != 0;
-            flow.since_ns = now.boot_ns;
-            self.timeouts.insert((now.boot_ns + HEAD_TIMEOUT_NS, header.cookie), header.epoch);
+            flow.next_request(header.flags & PUNT_UNANSWERED != 0, now);
         }
+        let bytes = match flow.discard(bytes)? {
+            Some(rest) => {
+                flow.next_request(header.flags & PUNT_UNANSWERED != 0, now);
+                rest
+            }
+            None => bytes,
+        };
         match flow.stage {
             Stage::Head | Stage::Waiting => {
-                let full = flow.parked.len() + bytes.len() > PARKED_MAX_BYTES
-                    || self.parked_bytes + bytes.len() > PARKED_TOTAL_MAX_BYTES;
-                if full {
+                if flow.parked.len() + bytes.len() > PARKED_MAX_BYTES {
                     return Err(EngineError::ParkedFull);
                 }
+                self.make_room(bytes.len(), header.cookie, datapath);
+                let flow = self.flows.get_mut(&header.cookie).ok_or(EngineError::RecordLost)?;
                 flow.parked.extend_from_slice(bytes);
                 self.parked_bytes += bytes.len();
                 if flow.stage == Stage::Head {
@@ -381,8 +439,8 @@ impl Engine {
                 }
                 Ok(())
             }
-            Stage::Pass { .. } | Stage::Discard { .. } => flow.body(header.cookie, bytes, datapath),
-            Stage::Done { .. } | Stage::Closing => Ok(()),
+            Stage::Pass { .. } => flow.body(header.cookie, bytes, datapath),
+            Stage::Discard { .. } | Stage::Done { .. } | Stage::Closing => Ok(()),
         }
     }
 
@@ -395,7 +453,6 @@ impl Engine {
         if self.flows.len() >= FLOWS_MAX {
             return Err(EngineError::FlowsFull);
         }
-        self.timeouts.insert((now.boot_ns + HEAD_TIMEOUT_NS, header.cookie), header.epoch);
         self.flows.insert(
             header.cookie,
             Punted {
@@ -404,7 +461,14 @@ impl Engine {
                 netns_cookie: header.netns_cookie,
                 received_bytes: 0,
                 parked: Vec::new(),
-                stage: Stage::Head,
+                scanned: 0,
+                stage: if header.skip_bytes == 0 {
+                    Stage::Head
+                } else {
+                    Stage::Discard { body: Body::Length(header.skip_bytes) }
+                },
+                write_seq_mark: header.write_seq,
+                last_write_seq: header.write_seq,
                 unanswered: header.flags & PUNT_UNANSWERED != 0,
                 observed: header.flags & PUNT_OBSERVED != 0,
                 since_ns: now.boot_ns,
@@ -427,9 +491,13 @@ impl Engine {
         if !may_become_head(&flow.parked) {
             return Err(EngineError::NotHttp);
         }
-        let parked = match find_head_end(&flow.parked) {
+        // What was looked through before, less what an end could have begun with.
+        let from = flow.scanned.saturating_sub(3).min(flow.parked.len());
+        flow.scanned = flow.parked.len();
+        let parked = match find_head_end(flow.parked.get(from..).unwrap_or_default()).map(|end| from + end) {
             Some(end) => {
                 self.parked_bytes -= flow.parked.len();
+                flow.scanned = 0;
                 let parked = std::mem::take(&mut flow.parked);
                 (parked, end)
             }
@@ -470,11 +538,11 @@ impl Engine {
                 let server =
                     server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str());
                 let observed = self.flows.get(&cookie).is_some_and(|flow| flow.observed);
-                let (status, reason, peer) = (answer.status, answer.reason, datapath.peer(cookie));
+                let (status, reason) = (answer.status, answer.reason);
                 if status < 400 {
-                    debug!(status, reason, server, peer, "answered");
-                } else {
-                    info!(status, reason, server, peer, observed, "refused");
+                    debug!(status, reason, server, "answered");
+                } else if self.log.admit() {
+                    info!(status, reason, server, peer = datapath.peer(cookie), observed, "refused");
                 }
                 datapath.count(answer.reason);
                 self.remember_refusal(
@@ -488,9 +556,14 @@ impl Engine {
                     datapath,
                 );
                 self.answer(cookie, &answer, framing, datapath)?;
-                match self.flows.get_mut(&cookie) {
-                    Some(flow) if !rest.is_empty() => flow.body(cookie, rest, datapath),
-                    _ => Ok(()),
+                let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
+                match flow.stage {
+                    Stage::Done { .. } if !rest.is_empty() => Err(EngineError::Pipelined),
+                    // The answer has only just been sent, so bytes behind the body are a request that did not wait for it.
+                    _ => match flow.discard(rest)? {
+                        Some(_) => Err(EngineError::Pipelined),
+                        None => Ok(()),
+                    },
                 }
             }
             Decision::NeedKey { issuer, kid, .. } => {
@@ -521,15 +594,17 @@ impl Engine {
         let fingerprint = self.secrets.fingerprint.fingerprint(token.as_bytes());
         let Some(endpoint_id) = self.flows.get(&cookie).map(|flow| flow.endpoint_id) else { return 0 };
         let granted = self.grants.grant(verified, fingerprint, server_id, self.generation, now, datapath);
-        debug!(
-            %fingerprint,
-            issuer = verified.issuer.name,
-            subject = verified.subject,
-            client_id = verified.client_id,
-            server_id,
-            peer = datapath.peer(cookie),
-            "allowed"
-        );
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            debug!(
+                %fingerprint,
+                issuer = verified.issuer.name,
+                subject = verified.subject,
+                client_id = verified.client_id,
+                server_id,
+                peer = datapath.peer(cookie),
+                "allowed"
+            );
+        }
         datapath.count("allowed");
         let Some(granted) = granted else { return 0 };
         if cacheable {
@@ -708,17 +783,25 @@ impl Punted {
                 };
                 Ok(())
             }
-            Stage::Discard { mut body } => {
-                let (taken, end) = body.take(bytes)?;
-                if taken < bytes.len() {
-                    return Err(EngineError::Pipelined);
-                }
-                self.stage = if end { Stage::Done { last_grant: 0 } } else { Stage::Discard { body } };
-                Ok(())
-            }
             Stage::Done { .. } => Err(EngineError::Pipelined),
-            Stage::Head | Stage::Waiting | Stage::Closing => Ok(()),
+            Stage::Discard { .. } | Stage::Head | Stage::Waiting | Stage::Closing => Ok(()),
         }
+    }
+
+    /// The bytes are those of a new request.
+    fn next_request(&mut self, unanswered: bool, now: Now) {
+        self.stage = Stage::Head;
+        self.unanswered = unanswered;
+        self.write_seq_mark = self.last_write_seq;
+        self.since_ns = now.boot_ns;
+    }
+
+    /// Drops what belongs to the body of a refused request; gives what follows it.
+    fn discard<'b>(&mut self, bytes: &'b [u8]) -> Result<Option<&'b [u8]>, EngineError> {
+        let Stage::Discard { mut body } = self.stage else { return Ok(None) };
+        let (taken, end) = body.take(bytes)?;
+        self.stage = if end { Stage::Done { last_grant: 0 } } else { Stage::Discard { body } };
+        Ok(bytes.get(taken..).filter(|rest| !rest.is_empty()))
     }
 
     /// How the flow goes back to the kernel; `None`: it stays.
@@ -728,7 +811,14 @@ impl Punted {
                 Body::Length(left) => (left, 0),
                 Body::Chunked(decoder) => (0, decoder.to_bits()),
             };
-            HandBack { ctl: Ctl::new(state, self.epoch, 0), remaining_bytes, chunked, last_grant }
+            let write_seq_mark = self.write_seq_mark;
+            HandBack {
+                ctl: Ctl::new(state, self.epoch, 0),
+                remaining_bytes,
+                chunked,
+                last_grant,
+                write_seq_mark,
+            }
         };
         match self.stage {
             Stage::Head | Stage::Waiting => None,
@@ -751,10 +841,53 @@ impl Punted {
     }
 }
 
+/// How many lines a client can cause: between two ticks, [`LOG_LINES_MAX`]. The rest is counted and told as a number.
+#[derive(Debug, Default)]
+struct LogLimit {
+    lines: u32,
+    left_out: u64,
+}
+
+impl LogLimit {
+    fn admit(&mut self) -> bool {
+        if self.lines < LOG_LINES_MAX {
+            self.lines += 1;
+            return true;
+        }
+        self.left_out += 1;
+        false
+    }
+
+    fn refill(&mut self) {
+        if self.left_out != 0 {
+            info!(
+                left_out = self.left_out,
+                "more refusals than are logged one by one; `enforcer counters` has them all"
+            );
+        }
+        *self = Self::default();
+    }
+}
+
+/// The ends of a socket, from a record's payload.
+fn ends(bytes: &[u8]) -> Option<Ends> {
+    if bytes.len() < size_of::<Ends>() {
+        return None;
+    }
+    // SAFETY: `repr(C)`, integers only, and the slice is long enough.
+    Some(unsafe { bytes.as_ptr().cast::<Ends>().read_unaligned() })
+}
+
 impl HandBack {
     /// A state without a body.
     #[must_use]
     pub const fn empty(state: State, epoch: u32) -> Self {
-        Self { ctl: Ctl::new(state, epoch, 0), remaining_bytes: 0, chunked: 0, last_grant: 0 }
+        Self {
+            ctl: Ctl::new(state, epoch, 0),
+            remaining_bytes: 0,
+            chunked: 0,
+            last_grant: 0,
+            write_seq_mark: 0,
+        }
     }
 }

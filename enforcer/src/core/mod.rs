@@ -15,7 +15,7 @@ pub use grants::{GRANT_MAX_NS, GrantTable, QUARANTINE_NS};
 pub use replies::ReplyTable;
 pub use verifier::KeyedVerifier;
 
-use enforcer_common::abi::{Grant, GrantLabel, HeadDigest, Reply, Verdict};
+use enforcer_common::abi::{Ends, Grant, GrantLabel, HeadDigest, Reply, Verdict};
 use enforcer_common::flow::Ctl;
 
 /// What the core asks of the kernel. Every call may fail; the core then destroys the flow or does without the fast path.
@@ -43,6 +43,9 @@ pub trait Datapath {
 
     /// Destroys the connection, after so many nanoseconds (for an answer to be read first).
     fn destroy(&mut self, cookie: u64, netns_cookie: u64, after_ns: u64);
+
+    /// Destroys a connection that has no flow record.
+    fn destroy_stray(&mut self, cookie: u64, netns_cookie: u64, interface: u32, ends: Ends);
 
     /// Whether the flow still has a record.
     fn flow_exists(&mut self, cookie: u64) -> bool;
@@ -95,6 +98,8 @@ pub struct HandBack {
     pub chunked: u64,
     /// Slot of the request's grant plus one; 0: none.
     pub last_grant: u32,
+    /// The server's send sequence when the last request began.
+    pub write_seq_mark: u32,
 }
 
 /// One instant, on both clocks.

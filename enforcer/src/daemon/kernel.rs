@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use enforcer_common::abi::{EndpointKey, FAMILY_V4, Grant, GrantLabel, HeadDigest, Reply, Verdict};
+use enforcer_common::abi::{EndpointKey, Ends, FAMILY_V4, Grant, GrantLabel, HeadDigest, Reply, Verdict};
 use enforcer_common::flow::Ctl;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tracing::{error, warn};
@@ -62,7 +62,8 @@ impl Kernel {
             }
             self.due.pop_first();
             let Ok(flow) = self.maps.live.flows.get(&cookie, 0) else { continue };
-            if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, flow.local, flow.peer) {
+            let ends = Ends { local: flow.local, peer: flow.peer };
+            if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, flow.interface, ends) {
                 warn!(cookie, %error, "a connection could not be destroyed; it is dead in the kernel");
             }
         }
@@ -81,8 +82,16 @@ impl Datapath for Kernel {
     }
 
     fn hand_back(&mut self, cookie: u64, expected: Ctl, to: HandBack) -> Result<(), KernelError> {
-        let HandBack { ctl, remaining_bytes, chunked, last_grant } = to;
-        Ok(self.injectors.hand_back(cookie, expected, ctl, remaining_bytes, chunked, last_grant)?)
+        let HandBack { ctl, remaining_bytes, chunked, last_grant, write_seq_mark } = to;
+        Ok(self.injectors.hand_back(
+            cookie,
+            expected,
+            ctl,
+            remaining_bytes,
+            chunked,
+            last_grant,
+            write_seq_mark,
+        )?)
     }
 
     fn destroy(&mut self, cookie: u64, netns_cookie: u64, after_ns: u64) {
@@ -90,6 +99,12 @@ impl Datapath for Kernel {
         self.due.insert((now_ns + after_ns, cookie), netns_cookie);
         if after_ns == 0 {
             self.destroy_due(now_ns);
+        }
+    }
+
+    fn destroy_stray(&mut self, cookie: u64, netns_cookie: u64, interface: u32, ends: Ends) {
+        if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, interface, ends) {
+            warn!(cookie, %error, "an unguarded connection could not be destroyed; it gets no bytes");
         }
     }
 

@@ -96,6 +96,8 @@ async fn enforce(
         }
     }
     let (mut engine, mut kernel, ring) = setup::bring_up(policy, &pins, cgroup)?;
+    // Bringing up may have taken longer than a heartbeat may be old.
+    kernel.heartbeat(now().boot_ns)?;
     let listeners = policy.servers.iter().map(|server| server.listen.len()).sum::<usize>();
     info!(
         servers = policy.servers.len(),
@@ -135,14 +137,6 @@ async fn enforce(
                     unload(&pins, &UnloadOptions { drain_timeout, force: false })
                 }));
             }
-            guard = ring.readable_mut() => {
-                let mut guard = guard?;
-                let more = read(guard.get_inner_mut(), &mut engine, &mut kernel, &keys);
-                if !more {
-                    guard.clear_ready();
-                }
-                ask_for_keys(&mut engine, &keys, &answers);
-            }
             Some(KeyRequest { cookie, epoch, .. }) = refreshed.recv() => {
                 engine.keys_refreshed(cookie, epoch, now(), &keys.snapshot(), &mut kernel);
             }
@@ -161,6 +155,15 @@ async fn enforce(
                     "enforcement removed"
                 );
                 return Ok(());
+            }
+            // Last: a busy ring must not keep the heartbeat from being written.
+            guard = ring.readable_mut() => {
+                let mut guard = guard?;
+                let more = read(guard.get_inner_mut(), &mut engine, &mut kernel, &keys);
+                if !more {
+                    guard.clear_ready();
+                }
+                ask_for_keys(&mut engine, &keys, &answers);
             }
         }
     }

@@ -238,14 +238,14 @@ impl Bench {
                 let Some((header, bytes)) = super::split(&record) else {
                     return Err(setup("malformed record"));
                 };
-                let PuntHeader { cookie, epoch, kind, len_bytes, .. } = header;
+                let PuntHeader { cookie, epoch, kind, len_bytes, write_seq, .. } = header;
                 if kind != PUNT_DATA {
                     continue;
                 }
                 let punted = Ctl::new(State::Punted, epoch, u64::from(len_bytes));
                 self.injectors.to_server(0, cookie, punted, bytes).map_err(setup)?;
                 let head = Ctl::new(State::Head, epoch, 0);
-                return self.injectors.hand_back(cookie, punted, head, 0, 0, 0).map_err(setup);
+                return self.injectors.hand_back(cookie, punted, head, 0, 0, 0, write_seq).map_err(setup);
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -27,8 +27,11 @@ pub(super) fn bring_up(
     cgroup: &Path,
 ) -> anyhow::Result<(Engine, Kernel, RingBuf<MapData>)> {
     let staging = pins.staging();
-    // What a start that was killed left behind; nothing is attached there for more than an instant.
-    staging.remove().with_context(|| format!("cannot remove {}", staging.path().display()))?;
+    // What a start that was killed left behind. It may guard connections, so it is unloaded, not just removed.
+    let retired = pins.retired();
+    for left in [&staging, &retired] {
+        unload(left, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
+    }
     let mut loaded = datapath::load(&staging)?;
     let mut maps = Maps::open(&staging)?;
     let ring = Maps::punts(&staging)?;
@@ -77,7 +80,6 @@ pub(super) fn bring_up(
     loaded.attach(cgroup)?;
     // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed; a connection that
     // both would tag in between is cut off.
-    let retired = pins.retired();
     if pins.exists() {
         info!(pins = %pins.path().display(), "taking over from an earlier daemon; its connections are closed");
         std::fs::rename(pins.path(), retired.path())

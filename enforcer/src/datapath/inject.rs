@@ -106,6 +106,8 @@ impl Injectors {
                 chunked: 0,
                 kind,
                 last_grant: 0,
+                write_seq_mark: 0,
+                zero: 0,
             };
             self.send(pair, &header, part)?;
         }
@@ -145,6 +147,7 @@ impl Injectors {
         remaining_bytes: u64,
         chunked: u64,
         last_grant: u32,
+        write_seq_mark: u32,
     ) -> Result<(), InjectError> {
         let header = InjectHeader {
             cookie,
@@ -154,6 +157,8 @@ impl Injectors {
             chunked,
             kind: INJECT_HAND_BACK,
             last_grant,
+            write_seq_mark,
+            zero: 0,
         };
         self.send(self.client_pair(cookie), &header, &[])
     }

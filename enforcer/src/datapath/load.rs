@@ -4,11 +4,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, SockHash, SockMap};
-use aya::programs::{CgroupAttachMode, ProgramError, SkSkb, SockOps, links::FdLink};
+use aya::programs::{
+    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramError, SkSkb, SockOps, links::FdLink,
+};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use enforcer_common::abi::map;
 
-use super::{EBPF_OBJECT, LINK_PIN, OffsetError, PinDir, TcpOffsets};
+use super::{EBPF_OBJECT, GATE_PIN, LINK_PIN, OffsetError, PinDir, TcpOffsets};
 
 /// Why the programs are not in the kernel. Whatever had been done before the error was undone.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +98,9 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
         .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
         .override_global("TCP_SND_UNA_OFFSET", &offsets.snd_una, true)
         .override_global("RECEIVE_QUEUE_LEN_OFFSET", &offsets.receive_queue_len, true)
+        .override_global("TCP_RCV_NXT_OFFSET", &offsets.rcv_nxt, true)
+        .override_global("TCP_COPIED_SEQ_OFFSET", &offsets.copied_seq, true)
+        .override_global("RECEIVE_BUFFER_OFFSET", &offsets.receive_buffer, true)
         .override_global("SK_SOCKET_OFFSET", &offsets.socket, true)
         .override_global("SOCKET_FILE_OFFSET", &offsets.file, true)
         .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true);
@@ -127,6 +132,9 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
     let tag_flow: &mut SockOps = program(&mut ebpf, "tag_flow")?;
     tag_flow.load().map_err(|source| LoadError::Program { name: "tag_flow", source })?;
     tag_flow.pin(pins.pin("prog_tag_flow")).map_err(|error| pin_error(pins.path(), &error))?;
+    let gate: &mut CgroupSkb = program(&mut ebpf, "gate")?;
+    gate.load().map_err(|source| LoadError::Program { name: "gate", source })?;
+    gate.pin(pins.pin("prog_gate")).map_err(|error| pin_error(pins.path(), &error))?;
     Ok(ebpf)
 }
 
@@ -176,8 +184,18 @@ impl Loaded {
         let tag_flow: &mut SockOps = program(&mut self.ebpf, "tag_flow")?;
         let failed = |source| LoadError::Program { name: "tag_flow", source };
         // No flag: a link always shares its cgroup with others, and the kernel refuses to be told so.
-        let link = tag_flow.attach(file, CgroupAttachMode::Single).map_err(failed)?;
+        let link = tag_flow.attach(&file, CgroupAttachMode::Single).map_err(failed)?;
         let link = tag_flow.take_link(link).map_err(failed)?;
+        let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
+        link.pin(&pin).map_err(|error| pin_error(&pin, &error))?;
+
+        // After the tags: every connection from here on has a record that lets it through.
+        let pin = self.pins.pin(GATE_PIN);
+        let gate: &mut CgroupSkb = program(&mut self.ebpf, "gate")?;
+        let failed = |source| LoadError::Program { name: "gate", source };
+        let link =
+            gate.attach(&file, CgroupSkbAttachType::Ingress, CgroupAttachMode::Single).map_err(failed)?;
+        let link = gate.take_link(link).map_err(failed)?;
         let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
         link.pin(&pin).map_err(|error| pin_error(&pin, &error))?;
         Ok(())

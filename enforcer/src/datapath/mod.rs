@@ -24,6 +24,9 @@ pub const PIN_NAME: &str = "enforcer";
 /// Pin of the link that tags flows. While it exists, new connections are guarded.
 pub const LINK_PIN: &str = "link_tag_flow";
 
+/// Pin of the gate's link.
+pub const GATE_PIN: &str = "link_gate";
+
 /// A pin directory: maps by their names, programs as `prog_*`, the link as [`LINK_PIN`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PinDir(PathBuf);

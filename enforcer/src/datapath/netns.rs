@@ -9,7 +9,7 @@ use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
-use enforcer_common::abi::{EndpointKey, FAMILY_V4};
+use enforcer_common::abi::{Ends, FAMILY_V4};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
@@ -49,18 +49,14 @@ struct Request {
 const _: () = assert!(size_of::<Request>() == 72);
 
 impl SocketDestroyer {
-    /// Destroys the socket with these ends and this cookie in the namespace with `netns_cookie`. Its peer sees a reset. A socket
+    /// Destroys the socket with these ends and this cookie, bound to this interface (0: none), in the namespace with
+    /// `netns_cookie`. Its peer sees a reset. A socket
     /// that is gone is fine.
     ///
     /// # Errors
     /// The namespace can't be found (nothing lives in it any more) or entered, or the kernel refuses.
-    pub fn destroy(
-        &mut self,
-        netns_cookie: u64,
-        cookie: u64,
-        local: EndpointKey,
-        peer: EndpointKey,
-    ) -> Result<()> {
+    pub fn destroy(&mut self, netns_cookie: u64, cookie: u64, interface: u32, ends: Ends) -> Result<()> {
+        let Ends { local, peer } = ends;
         let netlink = self.netlink(netns_cookie)?;
         let v4 = local.family == FAMILY_V4;
         let request = Request {
@@ -78,7 +74,7 @@ impl SocketDestroyer {
             destination_port: peer.port.to_be_bytes(),
             source: local.addr,
             destination: peer.addr,
-            interface: 0,
+            interface,
             cookie: [cookie as u32, (cookie >> 32) as u32],
         };
         // SAFETY: `repr(C)`, integers only; the size asserted above leaves no room for padding.

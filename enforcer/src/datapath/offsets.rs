@@ -14,6 +14,12 @@ pub struct TcpOffsets {
     pub snd_una: u32,
     /// `sk_receive_queue.qlen`: packets that wait behind the one that is being judged.
     pub receive_queue_len: u32,
+    /// `rcv_nxt`: the next byte from the client.
+    pub rcv_nxt: u32,
+    /// `copied_seq`: the next byte that the server reads.
+    pub copied_seq: u32,
+    /// `sk_rcvbuf`.
+    pub receive_buffer: u32,
     /// `sk_socket` in `struct sock`.
     pub socket: u32,
     /// `file` in `struct socket`.
@@ -63,6 +69,9 @@ impl TcpOffsets {
         Ok(Self {
             write_seq: offset("tcp_sock", "write_seq")?,
             snd_una: offset("tcp_sock", "snd_una")?,
+            rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
+            copied_seq: offset("tcp_sock", "copied_seq")?,
+            receive_buffer: offset("sock", "sk_rcvbuf")?,
             // A `struct tcp_sock` starts with its `struct sock`.
             socket: offset("sock", "sk_socket")?,
             file: offset("socket", "file")?,

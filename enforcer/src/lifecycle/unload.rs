@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData, MapError, SockHash};
-use enforcer_common::abi::{Config, Flow, MAX_FLOWS, MAX_SOCKETS, map};
+use enforcer_common::abi::{Config, Ends, Flow, MAX_FLOWS, MAX_SOCKETS, map};
 use serde::Serialize;
 
 use crate::datapath::{LINK_PIN, LiveError, Maps, PinDir, SocketDestroyer};
@@ -210,7 +210,8 @@ impl<'a> Drain<'a> {
             if unreachable.contains(&flow.netns_cookie) {
                 continue;
             }
-            if let Err(error) = self.destroyer.destroy(flow.netns_cookie, cookie, flow.local, flow.peer) {
+            let ends = Ends { local: flow.local, peer: flow.peer };
+            if let Err(error) = self.destroyer.destroy(flow.netns_cookie, cookie, flow.interface, ends) {
                 if error.kind() == std::io::ErrorKind::NotFound {
                     unreachable.insert(flow.netns_cookie);
                 }

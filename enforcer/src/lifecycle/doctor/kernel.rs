@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
-use enforcer_common::abi::{EndpointKey, FAMILY_V4};
+use enforcer_common::abi::{EndpointKey, Ends, FAMILY_V4};
 
 use super::Check;
 use crate::datapath::{SocketDestroyer, TcpOffsets, load};
@@ -58,7 +58,8 @@ fn destroy_own_connection() -> std::io::Result<()> {
     let (server, peer) = listener.accept()?;
     let cookie = socket_cookie(&server, libc::SO_COOKIE)?;
     let netns_cookie = socket_cookie(&server, libc::SO_NETNS_COOKIE)?;
-    SocketDestroyer::default().destroy(netns_cookie, cookie, key(server.local_addr()?)?, key(peer)?)?;
+    let ends = Ends { local: key(server.local_addr()?)?, peer: key(peer)? };
+    SocketDestroyer::default().destroy(netns_cookie, cookie, 0, ends)?;
     match client.read(&mut [0; 1]) {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
         Err(error) => Err(error),
