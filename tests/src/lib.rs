@@ -4,6 +4,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`guard`] | cgroups, network namespaces, child processes, time limits |
+//! | [`enforcement`] | a daemon over a cgroup of its own, with policy, issuer and server |
 //! | [`issuer`] | signing keys, tokens with any defect, JWKS and metadata over loopback HTTP |
 //! | [`raw`] | an HTTP/1.1 client that sends exactly the bytes it is given, in any segmentation |
 //! | [`recorder`] | a server that records what it read |
@@ -13,6 +14,7 @@
 //! | [`mcp`] | an MCP server and client on the official SDK |
 
 pub mod bench_server;
+pub mod enforcement;
 pub mod guard;
 pub mod issuer;
 pub mod load;
