@@ -10,7 +10,8 @@ use enforcer_tests::raw::{RequestBuilder, Segmentation};
 use torture::{Random, Scene, Sockets, post};
 
 const LIMIT: Duration = Duration::from_secs(300);
-const SIZES: [usize; 11] = [0, 1, 2, 4095, 4096, 4097, (16 << 10) - 1, 16 << 10, (16 << 10) + 1, 64 << 10, 1 << 20];
+const SIZES: [usize; 11] =
+    [0, 1, 2, 4095, 4096, 4097, (16 << 10) - 1, 16 << 10, (16 << 10) + 1, 64 << 10, 1 << 20];
 const HUGE: usize = 64 << 20;
 
 #[test]
@@ -25,12 +26,16 @@ fn bodies_with_content_length_arrive_whole_on_the_slow_and_on_the_fast_path() ->
         for round in 0..3 {
             let first_seen = post(&scene.token()?).body(&body);
             let cut = if round == 0 { Segmentation::Whole } else { random.segmentation(size + 500, 5) };
-            client.good_cut(&first_seen.build(), &cut, Duration::ZERO).with_context(|| format!("first seen, {size}"))?;
+            client
+                .good_cut(&first_seen.build(), &cut, Duration::ZERO)
+                .with_context(|| format!("first seen, {size}"))?;
             let again = post(&known).body(&body).build();
             client.good_cut(&again, &cut, Duration::ZERO).with_context(|| format!("known, {size}"))?;
             // As the first request of a connection.
             let mut fresh = scene.client()?;
-            fresh.good(&post(&scene.token()?).body(&body).build()).with_context(|| format!("fresh, {size}"))?;
+            fresh
+                .good(&post(&scene.token()?).body(&body).build())
+                .with_context(|| format!("fresh, {size}"))?;
             fresh.good(&again)?;
             fresh.finish(&scene)?;
         }
@@ -49,7 +54,9 @@ fn bodies_of_64_mib_arrive_whole_on_the_slow_and_on_the_fast_path() -> Result<()
     client.good(&request).context("first seen")?;
     client.good(&request).context("known")?;
     let request = post(&scene.token()?).body(&body).build();
-    client.good_cut(&request, &Segmentation::Every(100_003), Duration::ZERO).context("first seen, in pieces")?;
+    client
+        .good_cut(&request, &Segmentation::Every(100_003), Duration::ZERO)
+        .context("first seen, in pieces")?;
     client.finish(&scene)?;
     scene.check_alive()
 }
@@ -121,8 +128,12 @@ fn chunked_bodies_in_one_byte_segments_arrive_whole() -> Result<()> {
     for sizes in [&[1_usize][..], &[7], &[1000], &[65_536]] {
         let request = chunked_request(&scene.token()?, &chunked(&body, sizes)).build();
         for _ in 0..2 {
-            client.good_cut(&request, &Segmentation::Every(1), Duration::ZERO).with_context(|| format!("{sizes:?}"))?;
-            client.good_cut(&request, &Segmentation::Every(3), Duration::ZERO).with_context(|| format!("{sizes:?}"))?;
+            client
+                .good_cut(&request, &Segmentation::Every(1), Duration::ZERO)
+                .with_context(|| format!("{sizes:?}"))?;
+            client
+                .good_cut(&request, &Segmentation::Every(3), Duration::ZERO)
+                .with_context(|| format!("{sizes:?}"))?;
         }
     }
     client.finish(&scene)?;
@@ -211,7 +222,9 @@ fn ended_without_an_answer(client: &mut torture::Client) -> Result<()> {
 
 #[test]
 fn a_refused_request_with_a_long_body_leaves_the_connection_usable() -> Result<()> {
-    for (name, sockets) in [("refused-body", Sockets::Blocking), ("refused-body-kernel", Sockets::NonBlocking)] {
+    for (name, sockets) in
+        [("refused-body", Sockets::Blocking), ("refused-body-kernel", Sockets::NonBlocking)]
+    {
         let mut scene = Scene::new(name, LIMIT)?;
         scene.set_sockets(sockets);
         let mut random = Random::new(15);
@@ -222,14 +235,16 @@ fn a_refused_request_with_a_long_body_leaves_the_connection_usable() -> Result<(
             for token in [&scene.bad_token()?, &known_bad] {
                 for cut in [Segmentation::Whole, random.segmentation(size + 500, 8)] {
                     let request = post(token).body(&body).build();
-                    refuse_whole(&mut client, &request, &cut).with_context(|| format!("{size} bytes, {cut:?}"))?;
-                    client.good(&post(&scene.token()?).body(&random.bytes(100)).build()).with_context(|| {
-                        format!("a good request behind {size} refused bytes, {cut:?}")
-                    })?;
+                    refuse_whole(&mut client, &request, &cut)
+                        .with_context(|| format!("{size} bytes, {cut:?}"))?;
+                    client
+                        .good(&post(&scene.token()?).body(&random.bytes(100)).build())
+                        .with_context(|| format!("a good request behind {size} refused bytes, {cut:?}"))?;
                 }
             }
             let nothing = RequestBuilder::new("POST", "/mcp").header("Host", "mcp.test").body(&body).build();
-            refuse_whole(&mut client, &nothing, &Segmentation::Whole).with_context(|| format!("no token, {size}"))?;
+            refuse_whole(&mut client, &nothing, &Segmentation::Whole)
+                .with_context(|| format!("no token, {size}"))?;
             client.verify(&scene)?;
         }
         client.finish(&scene)?;
@@ -259,7 +274,9 @@ fn a_refusal_comes_before_the_body_and_the_next_request_after_it_is_judged() -> 
                 client.refused(&request.head(), 401).with_context(|| format!("round {round}"))?;
                 client.connection.send(&body)?;
             }
-            client.good(&post(&scene.token()?).body(b"{}").build()).with_context(|| format!("round {round}"))?;
+            client
+                .good(&post(&scene.token()?).body(b"{}").build())
+                .with_context(|| format!("round {round}"))?;
         }
         client.finish(&scene)?;
         scene.check_alive()?;

@@ -46,7 +46,13 @@ fn a_hundred_connections_at_once_are_each_judged_on_their_own() -> Result<()> {
     Ok(())
 }
 
-fn one_of_many(mut client: Client, number: usize, scene: &Scene, known: &[String], known_bad: &str) -> Result<()> {
+fn one_of_many(
+    mut client: Client,
+    number: usize,
+    scene: &Scene,
+    known: &[String],
+    known_bad: &str,
+) -> Result<()> {
     let mut random = Random::new(0x1000 + number as u64);
     for round in 0..12 {
         let length = if random.below(10) == 0 { random.below(300_000) } else { random.below(3_000) };
@@ -61,10 +67,18 @@ fn one_of_many(mut client: Client, number: usize, scene: &Scene, known: &[String
         let cut = random.segmentation(request.len(), 10);
         let pause = Duration::from_millis(if random.below(4) == 0 { 3 } else { 0 });
         if good {
-            client.good_cut(&request, &cut, pause).with_context(|| format!("good, round {round}, {cut:?}"))?;
+            client
+                .good_cut(&request, &cut, pause)
+                .with_context(|| format!("good, round {round}, {cut:?}"))?;
         } else {
-            client.connection.send_segmented(&request, &cut, pause).with_context(|| format!("round {round}"))?;
-            let response = client.connection.read_response().with_context(|| format!("refused, round {round}, {cut:?}"))?;
+            client
+                .connection
+                .send_segmented(&request, &cut, pause)
+                .with_context(|| format!("round {round}"))?;
+            let response = client
+                .connection
+                .read_response()
+                .with_context(|| format!("refused, round {round}, {cut:?}"))?;
             ensure!(response.status == 401, "round {round}: {}", response.status);
         }
     }
@@ -73,7 +87,12 @@ fn one_of_many(mut client: Client, number: usize, scene: &Scene, known: &[String
 
 /// Sends two requests without waiting in between, and checks that whatever comes back is the answers in order, or a prefix
 /// of them and the end, and that the server read what it was to read of them, in order, and nothing else.
-fn two_at_once(scene: &mut Scene, first: (&[u8], bool), second: (&[u8], bool), pause: Option<Duration>) -> Result<()> {
+fn two_at_once(
+    scene: &mut Scene,
+    first: (&[u8], bool),
+    second: (&[u8], bool),
+    pause: Option<Duration>,
+) -> Result<()> {
     let mut client = scene.client()?;
     let peer = client.connection.local_addr()?;
     match pause {
@@ -89,13 +108,24 @@ fn two_at_once(scene: &mut Scene, first: (&[u8], bool), second: (&[u8], bool), p
     for _ in 0..2 {
         match client.connection.read_response() {
             Ok(response) => {
-                let expected: &[u8] = if response.status == 200 { br#"{"jsonrpc":"2.0","id":1,"result":{"content":[]}}"# } else { b"" };
-                ensure!(response.body.starts_with(expected), "mixed: {:?}", String::from_utf8_lossy(&response.raw));
+                let expected: &[u8] = if response.status == 200 {
+                    br#"{"jsonrpc":"2.0","id":1,"result":{"content":[]}}"#
+                } else {
+                    b""
+                };
+                ensure!(
+                    response.body.starts_with(expected),
+                    "mixed: {:?}",
+                    String::from_utf8_lossy(&response.raw)
+                );
                 statuses.push(response.status);
             }
             Err(error) => {
                 let text = format!("{error:#}");
-                ensure!(text.contains("after \"\"") || text.contains("reset"), "not between two answers: {text}");
+                ensure!(
+                    text.contains("after \"\"") || text.contains("reset"),
+                    "not between two answers: {text}"
+                );
                 break;
             }
         }
@@ -117,7 +147,8 @@ fn two_at_once(scene: &mut Scene, first: (&[u8], bool), second: (&[u8], bool), p
 
 #[test]
 fn pipelined_requests_are_never_mixed_and_never_pass_unjudged() -> Result<()> {
-    for (name, sockets) in [("pipelined", Sockets::Blocking), ("pipelined-nonblocking", Sockets::NonBlocking)] {
+    for (name, sockets) in [("pipelined", Sockets::Blocking), ("pipelined-nonblocking", Sockets::NonBlocking)]
+    {
         let mut scene = Scene::new(name, LIMIT)?;
         scene.set_sockets(sockets);
         let known = post(&scene.token()?).body(b"{\"id\":1}").build();
@@ -155,7 +186,9 @@ fn pipelined_requests_are_never_mixed_and_never_pass_unjudged() -> Result<()> {
 
 #[test]
 fn a_refusal_never_lands_in_the_middle_of_a_running_answer() -> Result<()> {
-    for (name, sockets) in [("mid-stream", Sockets::Blocking), ("mid-stream-nonblocking", Sockets::NonBlocking)] {
+    for (name, sockets) in
+        [("mid-stream", Sockets::Blocking), ("mid-stream-nonblocking", Sockets::NonBlocking)]
+    {
         let mut scene = Scene::new(name, LIMIT)?;
         scene.set_sockets(sockets);
         let known_bad = post(&scene.bad_token()?).body(b"{}").build();
@@ -180,9 +213,15 @@ fn a_refusal_never_lands_in_the_middle_of_a_running_answer() -> Result<()> {
             let raw = String::from_utf8_lossy(&response.raw).into_owned();
             if let Err(error) = outcome {
                 let text = format!("{error:#}");
-                ensure!(text.contains("closed in") || text.contains("reset"), "{name}, fresh {fresh}: {text}");
+                ensure!(
+                    text.contains("closed in") || text.contains("reset"),
+                    "{name}, fresh {fresh}: {text}"
+                );
             }
-            ensure!(!text.contains("401") && !raw.contains("HTTP/1.1 401"), "{name}, fresh {fresh}: mixed: {text}");
+            ensure!(
+                !text.contains("401") && !raw.contains("HTTP/1.1 401"),
+                "{name}, fresh {fresh}: mixed: {text}"
+            );
         }
         scene.check_alive()?;
     }
@@ -216,7 +255,10 @@ fn whatever_is_killed_whenever_nothing_is_left_behind() -> Result<()> {
             Ok(())
         })();
         stop.store(true, Ordering::Release);
-        let answered = running.into_iter().map(|thread| thread.join().unwrap_or(Err(anyhow!("a client panicked")))).sum();
+        let answered = running
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or(Err(anyhow!("a client panicked"))))
+            .sum();
         killed.and(answered)
     })?;
     ensure!(restarts > 3 && answered > 50, "{restarts} restarts, {answered} answers");
@@ -233,12 +275,24 @@ fn whatever_is_killed_whenever_nothing_is_left_behind() -> Result<()> {
 fn restart(scene: &Scene, addr: SocketAddr) -> Result<RemoteRecorder> {
     let answer = Answer::Big { bytes: 200_000 };
     enforcer_tests::guard::wait_until("the server again", PATIENCE, || {
-        RemoteRecorder::spawn(addr, &Config { answer: answer.clone(), ..config() }, Some(scene.enforcement.cgroup()), None).ok()
+        RemoteRecorder::spawn(
+            addr,
+            &Config { answer: answer.clone(), ..config() },
+            Some(scene.enforcement.cgroup()),
+            None,
+        )
+        .ok()
     })
 }
 
 /// Calls, breaks off, resets, waits; gives how many answers came. Any end of a connection is fine, a wrong answer is not.
-fn random_client(addr: SocketAddr, number: u64, stop: &AtomicBool, tokens: &[String], bad: &[String]) -> Result<u64> {
+fn random_client(
+    addr: SocketAddr,
+    number: u64,
+    stop: &AtomicBool,
+    tokens: &[String],
+    bad: &[String],
+) -> Result<u64> {
     let mut random = Random::new(0xabc + number);
     let mut answered = 0;
     while !stop.load(Ordering::Acquire) {

@@ -22,7 +22,12 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 /// Sends a POST that the server must answer with what it read of it.
-fn call(connection: &mut Connection, request: &RequestBuilder, body: &[u8], cut: &Segmentation) -> Result<()> {
+fn call(
+    connection: &mut Connection,
+    request: &RequestBuilder,
+    body: &[u8],
+    cut: &Segmentation,
+) -> Result<()> {
     connection.send_segmented(&request.build(), cut, Duration::ZERO)?;
     let response = connection.read_response()?;
     ensure!(response.status == 200, "{}: {}", response.status, String::from_utf8_lossy(&response.body));
@@ -59,10 +64,12 @@ fn guarded_peer(kind: PeerKind, name: &str) -> Result<()> {
             let request = post(&token).body(&body);
             for round in 0..3 {
                 let cut = random.segmentation(request.build().len(), round * 4);
-                call(&mut connection, &request, &body, &cut).with_context(|| format!("{size} bytes, round {round}"))?;
+                call(&mut connection, &request, &body, &cut)
+                    .with_context(|| format!("{size} bytes, round {round}"))?;
             }
             let chunked = post(&token).chunked_body(&body, 7_000);
-            call(&mut connection, &chunked, &body, &Segmentation::Whole).with_context(|| format!("chunked, {size}"))?;
+            call(&mut connection, &chunked, &body, &Segmentation::Whole)
+                .with_context(|| format!("chunked, {size}"))?;
             let bad = post(&bad_token(&issuer)?).body(&random.bytes(300)).build();
             refused(&mut connection, &bad).with_context(|| format!("first seen, after {size} bytes"))?;
             refused(&mut connection, &bad).with_context(|| format!("known, after {size} bytes"))?;
@@ -89,7 +96,8 @@ fn guarded_peer(kind: PeerKind, name: &str) -> Result<()> {
             refused(&mut connection, &bad).with_context(|| format!("refusal behind request {number}"))?;
         }
     }
-    let sse = RequestBuilder::new("GET", "/mcp/sse?events=200&bytes=500").header("Host", "mcp.test").bearer(&token);
+    let sse =
+        RequestBuilder::new("GET", "/mcp/sse?events=200&bytes=500").header("Host", "mcp.test").bearer(&token);
     connection.send(&sse.build())?;
     ensure!(connection.read_response()?.status == 200, "GET");
     drop(connection);

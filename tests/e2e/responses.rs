@@ -30,13 +30,29 @@ fn event_streams_of_any_length_come_back_whole() -> Result<()> {
     let mut scene = Scene::new("sse", LIMIT)?;
     let known = get(&scene.token()?).build();
     let mut client = scene.client()?;
-    for (count, bytes, interval_ms) in
-        [(1, 10, 0), (2, 0, 5), (10, 100_000, 0), (100, 1_000, 1), (1_000, 50, 0), (1_000, 3_000, 0), (3, 20, 1_500)]
-    {
-        scene.server.set_config(&answering(Answer::Sse { events: count, event_bytes: bytes, interval_ms }))?;
-        for request in [get(&scene.token()?).build(), known.clone(), post(&scene.token()?).body(b"{}").build()] {
-            let response = client.good(&request).with_context(|| format!("{count} events of {bytes} bytes"))?;
-            ensure!(response.body == events(count, bytes), "{count} events of {bytes} bytes came back changed");
+    for (count, bytes, interval_ms) in [
+        (1, 10, 0),
+        (2, 0, 5),
+        (10, 100_000, 0),
+        (100, 1_000, 1),
+        (1_000, 50, 0),
+        (1_000, 3_000, 0),
+        (3, 20, 1_500),
+    ] {
+        scene.server.set_config(&answering(Answer::Sse {
+            events: count,
+            event_bytes: bytes,
+            interval_ms,
+        }))?;
+        for request in
+            [get(&scene.token()?).build(), known.clone(), post(&scene.token()?).body(b"{}").build()]
+        {
+            let response =
+                client.good(&request).with_context(|| format!("{count} events of {bytes} bytes"))?;
+            ensure!(
+                response.body == events(count, bytes),
+                "{count} events of {bytes} bytes came back changed"
+            );
             client.refused(&get(&scene.bad_token()?).build(), 401).context("a refusal behind the stream")?;
         }
     }
@@ -48,7 +64,9 @@ fn event_streams_of_any_length_come_back_whole() -> Result<()> {
 fn a_long_response_reaches_a_slow_client_whole() -> Result<()> {
     let mut scene = Scene::new("long-response", LIMIT)?;
     let expected = pattern(HUGE);
-    for (number, request) in [get(&scene.token()?).build(), post(&scene.token()?).body(b"{}").build()].iter().enumerate() {
+    for (number, request) in
+        [get(&scene.token()?).build(), post(&scene.token()?).body(b"{}").build()].iter().enumerate()
+    {
         scene.server.set_config(&answering(Answer::Big { bytes: HUGE }))?;
         let mut client = scene.client()?;
         setsockopt(client.connection.stream(), sockopt::RcvBuf, &(64 << 10))?;
@@ -164,7 +182,10 @@ fn first_seen_bodies_for_a_server_that_does_not_read_stay_whole_or_are_refused()
             whole += 1;
         } else {
             let record = scene.closed_record(client.connection.local_addr()?)?;
-            ensure!(request.starts_with(&record.kept), "a connection that was cut off read bytes nobody sent");
+            ensure!(
+                request.starts_with(&record.kept),
+                "a connection that was cut off read bytes nobody sent"
+            );
             ensure!(record.requests.is_empty(), "a connection that was cut off read a whole request");
         }
     }
@@ -223,7 +244,9 @@ fn a_client_that_only_stops_sending_still_gets_its_answer() -> Result<()> {
     let known = scene.token()?;
     for round in 0..3 {
         for token in [scene.token()?, known.clone()] {
-            scene.server.set_config(&Config { answer_delay_ms: 20, ..answering(Answer::Big { bytes: 3 << 20 }) })?;
+            scene
+                .server
+                .set_config(&Config { answer_delay_ms: 20, ..answering(Answer::Big { bytes: 3 << 20 }) })?;
             let request = post(&token).body(&vec![b'h'; 50_000]).build();
             let mut client = scene.client()?;
             client.expect_read(&request);
@@ -236,7 +259,8 @@ fn a_client_that_only_stops_sending_still_gets_its_answer() -> Result<()> {
         let mut client = scene.client()?;
         client.connection.send(&post(&scene.bad_token()?).body(b"{}").build())?;
         client.connection.finish_sending()?;
-        let response = client.connection.read_response().with_context(|| format!("refused, round {round}"))?;
+        let response =
+            client.connection.read_response().with_context(|| format!("refused, round {round}"))?;
         ensure!(response.status == 401, "{}", response.status);
         client.finish(&scene)?;
     }
@@ -291,7 +315,11 @@ fn a_server_that_closes_without_an_answer_ends_the_connection() -> Result<()> {
         client.expect_read(&request);
         client.connection.send(&request)?;
         let head = client.connection.read_head()?;
-        ensure!(head.status == code && head.header("www-authenticate").is_none(), "{code} became {}", head.status);
+        ensure!(
+            head.status == code && head.header("www-authenticate").is_none(),
+            "{code} became {}",
+            head.status
+        );
     }
     scene.check_alive()
 }

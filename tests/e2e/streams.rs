@@ -22,7 +22,9 @@ fn heads_split_at_every_offset_reach_the_server_whole() -> Result<()> {
     let mut client = scene.client()?;
     for at in 1..length {
         if at % REQUESTS_PER_CONNECTION == 0 {
-            std::mem::replace(&mut client, scene.client()?).finish(&scene).with_context(|| format!("offset {at}"))?;
+            std::mem::replace(&mut client, scene.client()?)
+                .finish(&scene)
+                .with_context(|| format!("offset {at}"))?;
             scene.server.forget_closed()?;
         }
         let request = post(&scene.token()?).body(body).build();
@@ -69,7 +71,9 @@ fn refused_heads_split(scene: &mut Scene) -> Result<()> {
         client.refused_cut(&request, &cut, 401).with_context(|| format!("first seen, offset {at}"))?;
         client.refused_cut(&request, &cut, 401).with_context(|| format!("seen before, offset {at}"))?;
         client.refused(&request, 401).with_context(|| format!("known and whole, offset {at}"))?;
-        client.good_cut(&good, &cut, Duration::ZERO).with_context(|| format!("a good one after it, offset {at}"))?;
+        client
+            .good_cut(&good, &cut, Duration::ZERO)
+            .with_context(|| format!("a good one after it, offset {at}"))?;
     }
     client.finish(scene)?;
     scene.check_alive()
@@ -82,13 +86,19 @@ fn requests_of_one_byte_segments_are_judged_like_any_other() -> Result<()> {
     let mut client = scene.client()?;
     for round in 0..10 {
         let request = post(&scene.token()?).body(b"{\"a\":\"one byte a segment\"}").build();
-        client.good_cut(&request, &bytewise, Duration::ZERO).with_context(|| format!("first seen, round {round}"))?;
-        client.good_cut(&request, &bytewise, Duration::ZERO).with_context(|| format!("again, round {round}"))?;
+        client
+            .good_cut(&request, &bytewise, Duration::ZERO)
+            .with_context(|| format!("first seen, round {round}"))?;
+        client
+            .good_cut(&request, &bytewise, Duration::ZERO)
+            .with_context(|| format!("again, round {round}"))?;
         client.good(&request)?;
         let bad = post(&scene.bad_token()?).body(b"{\"a\":\"one byte a segment\"}").build();
         client.refused_cut(&bad, &bytewise, 401).with_context(|| format!("refused, round {round}"))?;
         client.refused_cut(&bad, &bytewise, 401).with_context(|| format!("refused again, round {round}"))?;
-        client.good_cut(&request, &bytewise, Duration::ZERO).with_context(|| format!("after it, round {round}"))?;
+        client
+            .good_cut(&request, &bytewise, Duration::ZERO)
+            .with_context(|| format!("after it, round {round}"))?;
     }
     // So slow that each byte is a segment of its own whatever the stack would join.
     let request = get(&scene.token()?).build();
@@ -141,7 +151,9 @@ fn random_segments_of_a_long_keep_alive_connection_arrive_in_order() -> Result<(
         let length = if number % 50 == 0 { random.below(2 << 20) } else { random.below(20_000) };
         let request = post(&token).body(&random.bytes(length)).build();
         let cut = random.segmentation(request.len(), 12);
-        client.good_cut(&request, &cut, Duration::ZERO).with_context(|| format!("request {number}, {cut:?}"))?;
+        client
+            .good_cut(&request, &cut, Duration::ZERO)
+            .with_context(|| format!("request {number}, {cut:?}"))?;
         if number % 5 == 0 {
             let bad = post(&scene.bad_token()?).body(&random.bytes(length)).build();
             let cut = random.segmentation(bad.len(), 12);

@@ -39,13 +39,13 @@ impl Client {
         self.allowed_bytes += bytes.len() as u64;
     }
 
-    /// How many bytes the server must read.
-    pub(crate) fn allowed_bytes(&self) -> u64 {
-        self.allowed_bytes
-    }
-
     /// Sends a request that must reach the server, and gives its answer, which must be a 200.
-    pub(crate) fn good_cut(&mut self, request: &[u8], cut: &Segmentation, pause: Duration) -> Result<Response> {
+    pub(crate) fn good_cut(
+        &mut self,
+        request: &[u8],
+        cut: &Segmentation,
+        pause: Duration,
+    ) -> Result<Response> {
         self.expect_read(request);
         self.connection.send_segmented(request, cut, pause)?;
         let response = self.connection.read_response()?;
@@ -59,7 +59,12 @@ impl Client {
     }
 
     /// Sends a request of which the server must read nothing, and which is answered with `status`.
-    pub(crate) fn refused_cut(&mut self, request: &[u8], cut: &Segmentation, status: u16) -> Result<Response> {
+    pub(crate) fn refused_cut(
+        &mut self,
+        request: &[u8],
+        cut: &Segmentation,
+        status: u16,
+    ) -> Result<Response> {
         self.connection.send_segmented(request, cut, Duration::ZERO)?;
         let response = self.connection.read_response()?;
         ensure!(
@@ -106,7 +111,10 @@ impl Client {
             "the server read {bytes_read} bytes, {} were allowed",
             self.allowed_bytes
         );
-        ensure!(sha256 == hex(&self.allowed), "the server read {bytes_read} bytes, but not those that were sent");
+        ensure!(
+            sha256 == hex(&self.allowed),
+            "the server read {bytes_read} bytes, but not those that were sent"
+        );
         Ok(())
     }
 }

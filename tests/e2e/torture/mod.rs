@@ -183,7 +183,10 @@ pub(crate) fn post(token: &str) -> RequestBuilder {
 
 /// A GET of the MCP endpoint with this token.
 pub(crate) fn get(token: &str) -> RequestBuilder {
-    RequestBuilder::new("GET", "/mcp").header("Host", HOST).header("Accept", "text/event-stream").bearer(token)
+    RequestBuilder::new("GET", "/mcp")
+        .header("Host", HOST)
+        .header("Accept", "text/event-stream")
+        .bearer(token)
 }
 
 /// Resident memory of a process in KiB (`VmRSS` in proc_pid_status(5)).

@@ -64,8 +64,8 @@ pub(crate) fn listener_in(
     listen: SocketAddr,
     kind: ListenerKind,
 ) -> Result<TcpListener> {
-    let (ours, theirs) =
-        socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC).context("socketpair")?;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)
+        .context("socketpair")?;
     let mut command = Command::new("true");
     cgroup.place(&mut command)?;
     if let Some(netns) = netns {
@@ -83,8 +83,12 @@ pub(crate) fn listener_in(
     let mut space = nix::cmsg_space!([RawFd; 1]);
     let mut byte = [0; 1];
     let mut parts = [io::IoSliceMut::new(&mut byte)];
-    let message =
-        recvmsg::<SockaddrStorage>(ours.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = recvmsg::<SockaddrStorage>(
+        ours.as_raw_fd(),
+        &mut parts,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
     let fd = message.cmsgs()?.find_map(|control| match control {
         ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
         _ => None,
@@ -120,7 +124,8 @@ fn make(listen: SocketAddr, kind: ListenerKind) -> io::Result<RawFd> {
 
 fn set_option(fd: RawFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the value lives through the call.
-    check(unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), socklen::<libc::c_int>()) }).map(drop)
+    check(unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), socklen::<libc::c_int>()) })
+        .map(drop)
 }
 
 fn socklen<T>() -> libc::socklen_t {
@@ -163,7 +168,8 @@ pub(crate) fn connect_mptcp(addr: SocketAddr) -> io::Result<TcpStream> {
     };
     // SAFETY: as in `make`; the descriptor is owned from the first moment.
     unsafe {
-        let fd = check(libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP))?;
+        let fd =
+            check(libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP))?;
         let stream = TcpStream::from(OwnedFd::from_raw_fd(fd));
         check(libc::connect(fd, (&raw const raw).cast(), socklen::<libc::sockaddr_in>()))?;
         Ok(stream)

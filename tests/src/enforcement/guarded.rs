@@ -35,6 +35,7 @@ pub struct GuardedBuilder {
     issuer_fields: Vec<(String, Value)>,
     observing: bool,
     config: Config,
+    drain_timeout_secs: u64,
     options: Vec<String>,
 }
 
@@ -63,7 +64,8 @@ impl Guarded {
             issuer_fields: Vec::new(),
             observing: false,
             config: Config::default(),
-            options: ["--drain-timeout", "1"].map(str::to_owned).to_vec(),
+            drain_timeout_secs: 1,
+            options: Vec::new(),
         }
     }
 
@@ -105,6 +107,17 @@ impl Guarded {
     /// When it is refused.
     pub fn connect(&self) -> Result<Connection> {
         Connection::open(self.addr(), TIMEOUT)
+    }
+
+    /// A connection that the server has accepted: before that, nobody can tell whether its socket is non-blocking, and the
+    /// daemon refuses what the kernel could.
+    ///
+    /// # Errors
+    /// When it is refused, or not accepted in time.
+    pub fn connect_accepted(&self) -> Result<Connection> {
+        let connection = self.connect()?;
+        self.recorder.wait_for_bytes(connection.local_addr()?, 0, TIMEOUT)?;
+        Ok(connection)
     }
 
     /// What the server read on the connection whose client end is `client`.
@@ -169,6 +182,21 @@ impl GuardedBuilder {
         self
     }
 
+    /// The server's sockets are non-blocking, as those of event loops are. Only then does the kernel refuse by itself: its
+    /// answer wakes the reader without bytes, which a blocking one does not expect.
+    #[must_use]
+    pub fn nonblocking(mut self) -> Self {
+        self.config.nonblocking = true;
+        self
+    }
+
+    /// How long the daemon lets open connections go on when it is stopped; usually one second.
+    #[must_use]
+    pub fn drain_timeout(mut self, seconds: u64) -> Self {
+        self.drain_timeout_secs = seconds;
+        self
+    }
+
     /// Adds an option of `enforcer run`.
     #[must_use]
     pub fn option(mut self, option: &str) -> Self {
@@ -196,7 +224,9 @@ impl GuardedBuilder {
         }
         let policy = PolicySpec::new(vec![corp], vec![server]);
         let policy = if self.observing { policy.observing() } else { policy };
-        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        let drain_timeout = self.drain_timeout_secs.to_string();
+        let mut options = vec!["--drain-timeout", &drain_timeout];
+        options.extend(self.options.iter().map(String::as_str));
         let enforcement = Enforcement::start_with(cgroup, &policy, &options)?;
         Ok(Guarded { recorder, enforcement, issuer })
     }
