@@ -116,7 +116,7 @@ impl Enforcement {
     /// When it does not become ready.
     pub fn launch(&mut self) -> Result<()> {
         let mut daemon = self.spawn_daemon()?;
-        daemon.wait_for_line("ready", START_LIMIT)?;
+        daemon.wait_for_line(" ready", START_LIMIT)?;
         self.daemon = Some(daemon);
         Ok(())
     }

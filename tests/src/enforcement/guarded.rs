@@ -35,7 +35,6 @@ pub struct GuardedBuilder {
     issuer_fields: Vec<(String, Value)>,
     observing: bool,
     config: Config,
-    drain_timeout_secs: u64,
     options: Vec<String>,
 }
 
@@ -64,8 +63,7 @@ impl Guarded {
             issuer_fields: Vec::new(),
             observing: false,
             config: Config::default(),
-            drain_timeout_secs: 1,
-            options: Vec::new(),
+            options: ["--drain-timeout", "1"].map(str::to_owned).to_vec(),
         }
     }
 
@@ -190,13 +188,6 @@ impl GuardedBuilder {
         self
     }
 
-    /// How long the daemon lets open connections go on when it is stopped; usually one second.
-    #[must_use]
-    pub fn drain_timeout(mut self, seconds: u64) -> Self {
-        self.drain_timeout_secs = seconds;
-        self
-    }
-
     /// Adds an option of `enforcer run`.
     #[must_use]
     pub fn option(mut self, option: &str) -> Self {
@@ -224,9 +215,7 @@ impl GuardedBuilder {
         }
         let policy = PolicySpec::new(vec![corp], vec![server]);
         let policy = if self.observing { policy.observing() } else { policy };
-        let drain_timeout = self.drain_timeout_secs.to_string();
-        let mut options = vec!["--drain-timeout", &drain_timeout];
-        options.extend(self.options.iter().map(String::as_str));
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
         let enforcement = Enforcement::start_with(cgroup, &policy, &options)?;
         Ok(Guarded { recorder, enforcement, issuer })
     }
