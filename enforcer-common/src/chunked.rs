@@ -169,8 +169,23 @@ mod tests {
     #[test]
     fn anything_but_the_strictest_form_is_broken() {
         for bad in [
-            "\r\n", "g\r\n", "-1\r\n", "+1\r\n", " 1\r\n", "1 \r\n", "0x1\r\n", "1\n", "1;a=b\r\n", "123456789\r\n",
-            "1\r\nab", "1\r\na\n", "1\r\na\rx", "0\r\nTrailer: 1\r\n\r\n", "0\r\n\n", "\n", "1\r\r\n",
+            "\r\n",
+            "g\r\n",
+            "-1\r\n",
+            "+1\r\n",
+            " 1\r\n",
+            "1 \r\n",
+            "0x1\r\n",
+            "1\n",
+            "1;a=b\r\n",
+            "123456789\r\n",
+            "1\r\nab",
+            "1\r\na\n",
+            "1\r\na\rx",
+            "0\r\nTrailer: 1\r\n\r\n",
+            "0\r\n\n",
+            "\n",
+            "1\r\r\n",
         ] {
             assert_eq!(Chunked::new().run(bad.as_bytes()), None, "{bad:?}");
         }

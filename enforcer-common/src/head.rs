@@ -80,7 +80,9 @@ impl HeadBuf {
     #[inline(always)]
     fn set_word(&mut self, offset: u32, value: u64) {
         // SAFETY: as in `word`.
-        unsafe { self.bytes.as_mut_ptr().add((offset & OFFSET_MASK & !7) as usize).cast::<u64>().write(value) }
+        unsafe {
+            self.bytes.as_mut_ptr().add((offset & OFFSET_MASK & !7) as usize).cast::<u64>().write(value)
+        }
     }
 
     /// Eight bytes from any offset, in lower case (which maps some other bytes onto each other: compare only with letters,
@@ -166,7 +168,17 @@ impl Scan {
     #[must_use]
     #[inline(always)]
     pub const fn new(len: u32) -> Self {
-        Self { len, head_bytes: 0, lines: 0, line_start: 0, irregular: 0, mask_from: 0, mask_to: 0, has_length: 0, content_length: 0 }
+        Self {
+            len,
+            head_bytes: 0,
+            lines: 0,
+            line_start: 0,
+            irregular: 0,
+            mask_from: 0,
+            mask_to: 0,
+            has_length: 0,
+            content_length: 0,
+        }
     }
 
     #[inline(always)]
@@ -472,7 +484,11 @@ pub fn analyze(
 ///
 /// # Errors
 /// Why there is no digest.
-pub fn analyze_bytes(bytes: &[u8], key: &DigestKey, endpoint_id: u32) -> Result<(HeadInfo, HeadDigest), Miss> {
+pub fn analyze_bytes(
+    bytes: &[u8],
+    key: &DigestKey,
+    endpoint_id: u32,
+) -> Result<(HeadInfo, HeadDigest), Miss> {
     let mut buf = HeadBuf::new();
     let len = bytes.len().min(HEAD_MAX_BYTES);
     buf.bytes[..len].copy_from_slice(&bytes[..len]);

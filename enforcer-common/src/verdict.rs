@@ -1,8 +1,6 @@
 //! When a known head is allowed.
 
-use crate::abi::{
-    ABI_VERSION, Config, Counter, Grant, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
-};
+use crate::abi::{ABI_VERSION, Config, Counter, Grant, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict};
 
 /// What becomes of a request whose head has a verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

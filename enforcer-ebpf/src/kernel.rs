@@ -1,6 +1,5 @@
 //! The kernel's helpers, as far as the programs need them, with results that must be looked at.
 
-use core::ffi::c_void;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::sk_action::SK_DROP;
@@ -9,6 +8,7 @@ use aya_ebpf::helpers::{
     bpf_skb_store_bytes, bpf_skc_to_tcp_sock,
 };
 use aya_ebpf::programs::SkBuffContext;
+use core::ffi::c_void;
 use enforcer_common::abi::{Config, Counter};
 use enforcer_common::flow::Ctl;
 
@@ -24,6 +24,15 @@ static TCP_WRITE_SEQ_OFFSET: u32 = 0;
 static TCP_SND_UNA_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 static RECEIVE_QUEUE_LEN_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static SK_SOCKET_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static SOCKET_FILE_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static FILE_FLAGS_OFFSET: u32 = 0;
+
+/// `O_NONBLOCK` in `struct file::f_flags`.
+const O_NONBLOCK: u32 = 0o4000;
 
 /// Adds one to a counter.
 #[inline(always)]
@@ -147,7 +156,12 @@ impl Skb<'_> {
     /// # Safety
     /// `to` is valid for `MAX` bytes.
     #[inline(always)]
-    pub(crate) unsafe fn load<const MAX: u32>(&self, offset: u32, to: *mut u8, len: u32) -> Result<(), Failed> {
+    pub(crate) unsafe fn load<const MAX: u32>(
+        &self,
+        offset: u32,
+        to: *mut u8,
+        len: u32,
+    ) -> Result<(), Failed> {
         let len = bounded::<MAX>(len)?;
         // SAFETY: `len` is in 1..=MAX, for which `to` is valid.
         let result = unsafe { bpf_skb_load_bytes(self.raw().cast(), offset, to.cast(), len) };
@@ -168,7 +182,12 @@ impl Skb<'_> {
     /// # Safety
     /// `from` is valid for `MAX` bytes.
     #[inline(always)]
-    pub(crate) unsafe fn store<const MAX: u32>(&self, offset: u32, from: *const u8, len: u32) -> Result<(), Failed> {
+    pub(crate) unsafe fn store<const MAX: u32>(
+        &self,
+        offset: u32,
+        from: *const u8,
+        len: u32,
+    ) -> Result<(), Failed> {
         let len = bounded::<MAX>(len)?;
         // SAFETY: `len` is in 1..=MAX, for which `from` is valid.
         let result = unsafe { bpf_skb_store_bytes(self.raw().cast(), offset, from.cast(), len, 0) };
@@ -197,7 +216,35 @@ impl Skb<'_> {
         unsafe {
             let write_seq = (&raw const TCP_WRITE_SEQ_OFFSET).read_volatile() as usize;
             let snd_una = (&raw const TCP_SND_UNA_OFFSET).read_volatile() as usize;
-            Some((tcp.add(write_seq).cast::<u32>().read_volatile(), tcp.add(snd_una).cast::<u32>().read_volatile()))
+            Some((
+                tcp.add(write_seq).cast::<u32>().read_volatile(),
+                tcp.add(snd_una).cast::<u32>().read_volatile(),
+            ))
+        }
+    }
+
+    /// Whether the server may block in `recv` on this socket; also where that can't be told.
+    ///
+    /// An answer of the kernel wakes whoever reads the socket, and a blocking `recv` then fails with EAGAIN (see [`Self::swallow`]).
+    /// Few servers survive that, and one that closes its socket takes the answer along.
+    #[inline(always)]
+    pub(crate) fn server_blocks(&self) -> bool {
+        let Some(tcp) = self.tcp_sock() else { return true };
+        // SAFETY: as in `sequences`; the verifier follows the pointers by the kernel's type information.
+        unsafe {
+            let socket = field(tcp, &raw const SK_SOCKET_OFFSET);
+            if socket.is_null() {
+                return true;
+            }
+            let file = field(socket, &raw const SOCKET_FILE_OFFSET);
+            if file.is_null() {
+                return true;
+            }
+            let flags = file
+                .add((&raw const FILE_FLAGS_OFFSET).read_volatile() as usize)
+                .cast::<u32>()
+                .read_volatile();
+            flags & O_NONBLOCK == 0
         }
     }
 
@@ -221,6 +268,16 @@ impl Skb<'_> {
         // SAFETY: the context and the map are valid.
         unsafe { bpf_sk_redirect_map(self.raw(), (&raw const SINK).cast_mut().cast(), 0, 0) as u32 }
     }
+}
+
+/// A pointer in a kernel structure.
+///
+/// # Safety
+/// The structure has a pointer at that offset; the verifier checks it.
+#[inline(always)]
+unsafe fn field(structure: *const u8, offset: *const u32) -> *const u8 {
+    // SAFETY: the caller's.
+    unsafe { structure.add(offset.read_volatile() as usize).cast::<*const u8>().read_volatile() }
 }
 
 /// A length that every verifier since 6.1 believes to be in `1..=MAX`: compare first, then mask, with the compiler kept from
@@ -255,7 +312,6 @@ pub(crate) type Callback<T> = extern "C" fn(u32, *mut T) -> i64;
 #[inline(always)]
 pub(crate) fn repeat<T>(times: u32, callback: Callback<T>, state: &mut T) -> Result<(), Failed> {
     // SAFETY: the callback gets `state` back, which outlives the call; the verifier checks the callback like a program.
-    let done =
-        unsafe { bpf_loop(times, callback as *mut c_void, core::ptr::from_mut(state).cast(), 0) };
+    let done = unsafe { bpf_loop(times, callback as *mut c_void, core::ptr::from_mut(state).cast(), 0) };
     if done < 0 { Err(Failed) } else { Ok(()) }
 }

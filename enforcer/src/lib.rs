@@ -3,11 +3,12 @@
 //! The library holds everything that the `enforcer` binary does, so that tests can drive it.
 
 pub mod authz;
+pub mod cli;
 pub mod core;
 pub mod daemon;
 pub mod datapath;
 pub mod http;
-pub mod lifecycle;
 pub mod keys;
+pub mod lifecycle;
 pub mod policy;
 pub mod token;

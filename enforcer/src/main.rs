@@ -1,40 +1,7 @@
-//! The enforcer binary.
-use std::path::PathBuf;
-use std::time::Duration;
+//! The `enforcer` binary.
 
-use clap::Parser;
+use std::process::ExitCode;
 
-#[derive(Parser)]
-enum Cli {
-    Run {
-        #[arg(long)]
-        policy: PathBuf,
-        #[arg(long)]
-        cgroup: Option<PathBuf>,
-        #[arg(long, default_value = "enforcer")]
-        pin_name: String,
-        #[arg(long, default_value = "/sys/fs/bpf")]
-        bpffs: PathBuf,
-        #[arg(long)]
-        keep: bool,
-        #[arg(long, default_value_t = 2)]
-        drain_timeout: u64,
-    },
-}
-
-fn main() {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::INFO).init();
-    let Cli::Run { policy, cgroup, pin_name, bpffs, keep, drain_timeout } = Cli::parse();
-    let options = enforcer::daemon::RunOptions {
-        policy,
-        cgroup,
-        bpffs,
-        pin_name,
-        keep,
-        drain_timeout: Duration::from_secs(drain_timeout),
-    };
-    if let Err(error) = enforcer::daemon::run(&options) {
-        eprintln!("{error:#}");
-        std::process::exit(1);
-    }
+fn main() -> ExitCode {
+    enforcer::cli::main()
 }

@@ -97,6 +97,10 @@ counters! {
     OpaquePassed = 33, "opaque-passed";
     /// A flow's event for the daemon was lost because the ring buffer was full.
     EventLost = 34, "event-lost";
+    /// The end of the client's stream passed: a packet without bytes.
+    EndPassed = 35, "end-passed";
+    /// A known refusal went to the daemon because the server's socket is blocking.
+    PuntBlockingServer = 36, "punt-blocking-server";
 }
 
 /// Size of `COUNTERS`.

@@ -104,7 +104,9 @@ fn check(bytes: &[u8]) -> Result<(HeadInfo, HeadDigest), Miss> {
         // The scan may call irregular what the reference reads: more lines than it keeps, line feeds too dense.
         (Err(Miss::Irregular), _) => {}
         (Err(got), Err(wanted)) => assert_eq!(*got, wanted),
-        (got, wanted) => panic!("scan {got:?}, reference {wanted:?} for {:?}", String::from_utf8_lossy(bytes)),
+        (got, wanted) => {
+            panic!("scan {got:?}, reference {wanted:?} for {:?}", String::from_utf8_lossy(bytes))
+        }
     }
     got
 }
@@ -134,7 +136,10 @@ fn left_out_values_do_not_count_but_their_lengths_do() {
 #[test]
 fn every_other_byte_counts() {
     let original = digest(HEAD);
-    let left_out = [HEAD.find("x/1").unwrap() - 1..HEAD.find("x/1").unwrap() + 3, HEAD.find("12\r").unwrap()..HEAD.find("12\r").unwrap() + 2];
+    let left_out = [
+        HEAD.find("x/1").unwrap() - 1..HEAD.find("x/1").unwrap() + 3,
+        HEAD.find("12\r").unwrap()..HEAD.find("12\r").unwrap() + 2,
+    ];
     for at in 0..HEAD.len() {
         if left_out.iter().any(|range| range.contains(&at)) {
             continue;
@@ -186,7 +191,9 @@ fn unusual_heads_are_misses() {
     ] {
         assert_eq!(check(head.as_bytes()).map(|_| ()), Err(Miss::Irregular), "{head:?}");
     }
-    for head in ["", "G", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nHost: a\r\n", "GET / HTTP/1.1\r\nHost: a\r\n\r"] {
+    for head in
+        ["", "G", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nHost: a\r\n", "GET / HTTP/1.1\r\nHost: a\r\n\r"]
+    {
         assert_eq!(check(head.as_bytes()).map(|_| ()), Err(Miss::Incomplete), "{head:?}");
     }
 }

@@ -3,10 +3,10 @@
 //! Bytes go only to a flow that the daemon owns in the epoch that it means. A hand-back is a datagram of its own: when it is
 //! processed, all bytes sent before it are queued at the guarded socket already, so nothing can pass before them.
 
+use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::bindings::sk_action::SK_DROP;
 use aya_ebpf::helpers::bpf_skb_adjust_room;
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
@@ -41,7 +41,8 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
         return failed();
     }
     // SAFETY: the context is valid. This is no TCP skb, so its length may change.
-    let removed = unsafe { bpf_skb_adjust_room(ctx.as_ptr().cast(), -(size_of::<InjectHeader>() as i32), 0, 0) };
+    let removed =
+        unsafe { bpf_skb_adjust_room(ctx.as_ptr().cast(), -(size_of::<InjectHeader>() as i32), 0, 0) };
     if removed != 0 {
         return failed();
     }

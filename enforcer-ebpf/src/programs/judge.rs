@@ -8,7 +8,7 @@ use enforcer_common::abi::{
     REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
 };
 use enforcer_common::chunked::{ChunkStep, Chunked};
-use enforcer_common::flow::{Advance, State, advance, answered};
+use enforcer_common::flow::{Advance, Ctl, State, advance, answered};
 use enforcer_common::head::{HeadInfo, Miss};
 use enforcer_common::verdict::{self, Known};
 
@@ -31,7 +31,7 @@ enum Outcome {
     Reply(Counter, u32, u64),
     /// The flow is the daemon's from here on.
     Punt(Counter),
-    /// The flow is the daemon's already.
+    /// The flow is the daemon's already; taken care of before anything else.
     PuntMore,
     /// Nothing passes any more.
     Dead(Counter),
@@ -44,11 +44,18 @@ struct Input<'a> {
     len: u64,
     /// The answer to the previous request is not there yet.
     unanswered: bool,
+    /// The server's send sequence.
+    write_seq: u32,
 }
 
 #[stream_verdict]
 fn judge(ctx: SkBuffContext) -> u32 {
     let skb = Skb { ctx: &ctx };
+    if skb.len() == 0 {
+        // A bare FIN. The server must learn that its client is gone, whatever the flow's state.
+        count(Counter::EndPassed);
+        return SK_PASS;
+    }
     let cookie = skb.cookie();
     let Some(flow) = FLOWS.get_ptr_mut(cookie) else {
         count(Counter::NoFlow);
@@ -56,9 +63,56 @@ fn judge(ctx: SkBuffContext) -> u32 {
     };
     // SAFETY: a valid map value. Only this program changes it while the flow is the kernel's, under the socket's lock.
     let flow = unsafe { &mut *flow };
-    let mut input = Input { skb, cookie, len: u64::from(skb.len()), unanswered: false };
-    let outcome = decide(&mut input, flow);
+    let mut input = Input { skb, cookie, len: u64::from(skb.len()), unanswered: false, write_seq: 0 };
+    let mut attempt = 0;
+    let outcome = loop {
+        let outcome = decide(&mut input, flow);
+        if !matches!(outcome, Outcome::PuntMore) {
+            break outcome;
+        }
+        match claim(&input, flow) {
+            Claim::Done(ctl) => {
+                let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
+                return hand_over(&input, flow, ctl, Counter::PuntContinued, flags);
+            }
+            Claim::TooLong => break Outcome::Dead(Counter::DeadTooLong),
+            // The daemon handed the flow back at this very moment. The bytes follow all that it has injected, so they are judged
+            // like any others; the flow can't become the daemon's again but by this program.
+            Claim::HandedBack => {}
+        }
+        attempt += 1;
+        if attempt == 2 {
+            break Outcome::Dead(Counter::DeadHelper);
+        }
+    };
     act(&input, flow, outcome)
+}
+
+/// What became of bytes for a flow that is the daemon's.
+#[must_use]
+enum Claim {
+    /// They are the daemon's, under this control word.
+    Done(Ctl),
+    /// The flow is no longer the daemon's.
+    HandedBack,
+    /// More bytes than the control word counts.
+    TooLong,
+}
+
+#[inline(always)]
+fn claim(input: &Input<'_>, flow: &mut Flow) -> Claim {
+    let ctl = CtlCell::new(&raw mut flow.ctl);
+    let now = ctl.load();
+    if now.state() != State::Punted as u64 {
+        return Claim::HandedBack;
+    }
+    let Some(next) = now.punt_more(input.len) else { return Claim::TooLong };
+    if !ctl.replace(now, next) {
+        return Claim::HandedBack;
+    }
+    flow.write_seq_mark = input.write_seq;
+    count(Counter::PuntContinued);
+    Claim::Done(next)
 }
 
 #[inline(always)]
@@ -97,6 +151,7 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     if let Err(counter) = look_for_answer(input, flow) {
         return Outcome::Dead(counter);
     }
+    flow.write_seq_mark = input.write_seq;
     flow.requests += 1;
     flow.last_request_ns = now_ns;
     let Some(config) = config() else { return Outcome::Dead(Counter::DeadHelper) };
@@ -136,12 +191,12 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
 /// Notes whether the server has answered what came before these bytes. While the daemon owns the flow it alone knows where a
 /// request starts, so every skb is looked at; a mark in the middle of a body only makes the next answer wait longer.
 #[inline(always)]
-fn look_for_answer(input: &mut Input<'_>, flow: &mut Flow) -> Result<(), Counter> {
+fn look_for_answer(input: &mut Input<'_>, flow: &Flow) -> Result<(), Counter> {
     let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
         return Err(Counter::DeadHelper);
     };
     input.unanswered = !answered(flow.requests == 0, flow.write_seq_mark, write_seq, acknowledged_seq);
-    flow.write_seq_mark = write_seq;
+    input.write_seq = write_seq;
     Ok(())
 }
 
@@ -174,6 +229,9 @@ fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, cou
             Outcome::Punt(Counter::PuntReplyTooLong)
         };
     }
+    if matches!(counter, Counter::Refused) && input.skb.server_blocks() {
+        return Outcome::Punt(Counter::PuntBlockingServer);
+    }
     flow.refused += 1;
     Outcome::Reply(counter, reply_id, left)
 }
@@ -188,15 +246,13 @@ fn punt(
     reason: Counter,
     info: Option<HeadInfo>,
 ) -> Outcome {
-    let alive = config.abi_version != 0
-        && now_ns.wrapping_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
+    let alive =
+        config.abi_version != 0 && now_ns.wrapping_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
     if alive || flow.flags & FLOW_OBSERVE != 0 {
         return Outcome::Punt(reason);
     }
     match info {
-        Some(info) => {
-            refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable)
-        }
+        Some(info) => refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable),
         None => Outcome::Dead(Counter::DeadUnavailable),
     }
 }
@@ -289,59 +345,19 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
             let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
             hand_over(input, flow, next, reason, flags)
         }
-        Outcome::PuntMore => punt_more(input, flow),
+        Outcome::PuntMore => dead(input, flow, Counter::DeadHelper),
         Outcome::Dead(reason) => dead(input, flow, reason),
     }
 }
 
-/// More bytes of a flow that the daemon owns, unless it hands the flow back at this very moment.
 #[inline(always)]
-fn punt_more(input: &Input<'_>, flow: &mut Flow) -> u32 {
-    let ctl = CtlCell::new(&raw mut flow.ctl);
-    let now = ctl.load();
-    let Some(next) = now.punt_more(input.len) else { return dead(input, flow, Counter::DeadTooLong) };
-    if !ctl.replace(now, next) {
-        // The inject program handed the flow back between `decide` and here (nothing else writes the word now). The bytes
-        // follow those that the daemon has injected, so they are judged like any others.
-        return handed_back(input, flow);
-    }
-    count(Counter::PuntContinued);
-    let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
-    hand_over(input, flow, next, Counter::PuntContinued, flags)
-}
-
-#[inline(never)]
-fn handed_back(input: &Input<'_>, flow: &mut Flow) -> u32 {
-    // Once: if the flow were punted and handed back yet again meanwhile, this program would have had to run in between.
-    let mut again = Input { skb: input.skb, cookie: input.cookie, len: input.len, unanswered: false };
-    match decide(&mut again, flow) {
-        Outcome::PuntMore => dead(input, flow, Counter::DeadHelper),
-        outcome => act_handed_back(&again, flow, outcome),
-    }
-}
-
-#[inline(always)]
-fn act_handed_back(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
-    let ctl = CtlCell::new(&raw mut flow.ctl);
-    match outcome {
-        Outcome::Pass(counter, state, left) => {
-            flow.remaining_bytes = left;
-            ctl.store(ctl.load().to(state));
-            count(counter);
-            SK_PASS
-        }
-        Outcome::Drop(counter, state, left) => {
-            flow.remaining_bytes = left;
-            ctl.store(ctl.load().to(state));
-            count(counter);
-            input.skb.swallow()
-        }
-        _ => dead(input, flow, Counter::DeadPipelined),
-    }
-}
-
-#[inline(always)]
-fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: enforcer_common::flow::Ctl, reason: Counter, flags: u32) -> u32 {
+fn hand_over(
+    input: &Input<'_>,
+    flow: &mut Flow,
+    ctl: Ctl,
+    reason: Counter,
+    flags: u32,
+) -> u32 {
     flow.punted_bytes += input.len;
     match punt::bytes(input.skb, flow, input.cookie, ctl, reason, flags) {
         // Observe mode: the daemon has a copy, the server gets the bytes.
@@ -363,7 +379,11 @@ fn reply(input: &Input<'_>, flow: &mut Flow, counter: Counter, reply_id: u32, le
         input.skb.store::<MAX>(0, reply.bytes.as_ptr(), len).is_ok()
             && input
                 .skb
-                .store::<{ REPLY_DIGITS as u32 }>(reply.content_length_at, digits.as_ptr(), REPLY_DIGITS as u32)
+                .store::<{ REPLY_DIGITS as u32 }>(
+                    reply.content_length_at,
+                    digits.as_ptr(),
+                    REPLY_DIGITS as u32,
+                )
                 .is_ok()
     };
     if !stored {

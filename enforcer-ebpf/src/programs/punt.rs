@@ -2,8 +2,8 @@
 
 use aya_ebpf::helpers::{bpf_ringbuf_discard, bpf_ringbuf_reserve, bpf_ringbuf_submit};
 use enforcer_common::abi::{
-    Counter, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_DATA, PUNT_MAX_CHUNKS, PUNT_OBSERVED, PUNT_SMALL_BYTES,
-    PuntHeader,
+    Counter, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_DATA, PUNT_MAX_CHUNKS, PUNT_OBSERVED,
+    PUNT_SMALL_BYTES, PuntHeader,
 };
 use enforcer_common::flow::Ctl;
 
@@ -61,7 +61,14 @@ struct Copy<'a> {
 
 /// Copies a whole skb into the ring buffer, as bytes from `ctl`'s punted count on backwards.
 #[inline(always)]
-pub(crate) fn bytes(skb: Skb<'_>, flow: &Flow, cookie: u64, ctl: Ctl, reason: Counter, flags: u32) -> Result<(), Counter> {
+pub(crate) fn bytes(
+    skb: Skb<'_>,
+    flow: &Flow,
+    cookie: u64,
+    ctl: Ctl,
+    reason: Counter,
+    flags: u32,
+) -> Result<(), Counter> {
     let len = skb.len();
     if len > PUNT_MAX_CHUNKS * PUNT_CHUNK_BYTES as u32 {
         return Err(Counter::DeadTooLong);
@@ -114,7 +121,12 @@ extern "C" fn chunk(_index: u32, copy: *mut Copy<'_>) -> i64 {
 
 /// One record: header and `len` bytes of the skb from `offset` on.
 #[inline(always)]
-unsafe fn record<const MAX: u32>(skb: Skb<'_>, header: &PuntHeader, offset: u32, len: u32) -> Result<(), Counter> {
+unsafe fn record<const MAX: u32>(
+    skb: Skb<'_>,
+    header: &PuntHeader,
+    offset: u32,
+    len: u32,
+) -> Result<(), Counter> {
     // SAFETY: the reservation holds a header and `MAX` bytes.
     unsafe {
         let record = reserve(size_of::<PuntHeader>() as u64 + u64::from(MAX));

@@ -8,7 +8,8 @@ use aya_ebpf::bindings::{
     BPF_TCP_CLOSE, bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt, bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt, bpf_sock_hash_update,
+    bpf_sock_ops_cb_flags_set,
 };
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
@@ -114,7 +115,13 @@ fn fence(ctx: &SockOpsContext, cookie: u64, netns_cookie: u64, endpoint_id: u32)
     }
     let _ = FLOWS.remove(cookie);
     count(Counter::SocketFenced);
-    punt::event(Event { kind: PUNT_FENCED, cookie, netns_cookie, endpoint_id, reason: Counter::SocketFenced });
+    punt::event(Event {
+        kind: PUNT_FENCED,
+        cookie,
+        netns_cookie,
+        endpoint_id,
+        reason: Counter::SocketFenced,
+    });
 }
 
 fn closed(ctx: &SockOpsContext) {
@@ -126,7 +133,13 @@ fn closed(ctx: &SockOpsContext) {
     let _ = FLOWS.remove(cookie);
     count(Counter::FlowClosed);
     if flags & FLOW_PUNTED_ONCE != 0 {
-        punt::event(Event { kind: PUNT_CLOSED, cookie, netns_cookie, endpoint_id, reason: Counter::FlowClosed });
+        punt::event(Event {
+            kind: PUNT_CLOSED,
+            cookie,
+            netns_cookie,
+            endpoint_id,
+            reason: Counter::FlowClosed,
+        });
     }
 }
 

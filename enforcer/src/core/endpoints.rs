@@ -28,7 +28,8 @@ fn keys(listen: Listen) -> Vec<EndpointKey> {
         bytes[..4].copy_from_slice(&addr.octets());
         EndpointKey { addr: bytes, port: listen.port, family: FAMILY_V4, zero: 0 }
     };
-    let v6 = |addr: Ipv6Addr| EndpointKey { addr: addr.octets(), port: listen.port, family: FAMILY_V6, zero: 0 };
+    let v6 =
+        |addr: Ipv6Addr| EndpointKey { addr: addr.octets(), port: listen.port, family: FAMILY_V6, zero: 0 };
     match listen.addr {
         IpAddr::V4(addr) => vec![v4(addr)],
         IpAddr::V6(addr) if addr.is_unspecified() => vec![v6(addr), v4(Ipv4Addr::UNSPECIFIED)],

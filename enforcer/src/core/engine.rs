@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use enforcer_common::abi::{
-    PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader, VERDICT_ALLOW,
-    VERDICT_DENY, VERDICT_PUBLIC, Verdict,
+    PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader,
+    VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
 };
 use enforcer_common::chunked::Chunked;
 use enforcer_common::digest::DigestKey;
@@ -452,8 +452,9 @@ impl Engine {
         match authz::decide(head_bytes, &servers, &verifier, &options) {
             Decision::Allow { server_index, verified, token, framing, cacheable, .. } => {
                 let server_id = server_id(server_index).ok_or(EngineError::RecordLost)?;
-                let last_grant =
-                    self.allow(cookie, head_bytes, &verified, token, server_id, framing, cacheable, now, datapath);
+                let last_grant = self.allow(
+                    cookie, head_bytes, &verified, token, server_id, framing, cacheable, now, datapath,
+                );
                 self.pass(cookie, server_id, last_grant, head_bytes, rest, framing, datapath)
             }
             Decision::Public { server_index, framing, cacheable, .. } => {
@@ -466,7 +467,8 @@ impl Engine {
             }
             Decision::Answer { server_index, answer, framing, cache } => {
                 let server_id = server_index.and_then(server_id);
-                let server = server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str());
+                let server =
+                    server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str());
                 let observed = self.flows.get(&cookie).is_some_and(|flow| flow.observed);
                 let (status, reason, peer) = (answer.status, answer.reason, datapath.peer(cookie));
                 if status < 400 {
@@ -475,7 +477,16 @@ impl Engine {
                     info!(status, reason, server, peer, observed, "refused");
                 }
                 datapath.count(answer.reason);
-                self.remember_refusal(head_bytes, endpoint_id, framing, &answer, cache, server_id, now, datapath);
+                self.remember_refusal(
+                    head_bytes,
+                    endpoint_id,
+                    framing,
+                    &answer,
+                    cache,
+                    server_id,
+                    now,
+                    datapath,
+                );
                 self.answer(cookie, &answer, framing, datapath)?;
                 match self.flows.get_mut(&cookie) {
                     Some(flow) if !rest.is_empty() => flow.body(cookie, rest, datapath),
@@ -509,8 +520,7 @@ impl Engine {
     ) -> u32 {
         let fingerprint = self.secrets.fingerprint.fingerprint(token.as_bytes());
         let Some(endpoint_id) = self.flows.get(&cookie).map(|flow| flow.endpoint_id) else { return 0 };
-        let granted =
-            self.grants.grant(verified, fingerprint, server_id, self.generation, now, datapath);
+        let granted = self.grants.grant(verified, fingerprint, server_id, self.generation, now, datapath);
         debug!(
             %fingerprint,
             issuer = verified.issuer.name,
@@ -563,11 +573,15 @@ impl Engine {
         (kind, index, grant_serial, deadline_ns, server_id): (u32, u32, u64, u64, u32),
         datapath: &mut D,
     ) {
-        let Ok((info, digest)) = head::analyze_bytes(head_bytes, &self.secrets.digest, endpoint_id) else { return };
+        let Ok((info, digest)) = head::analyze_bytes(head_bytes, &self.secrets.digest, endpoint_id) else {
+            return;
+        };
         let alike = info.head_bytes as usize == head_bytes.len()
             && match framing {
                 Framing::None => info.has_content_length == 0,
-                Framing::ContentLength(length) => info.has_content_length == 1 && info.content_length == length,
+                Framing::ContentLength(length) => {
+                    info.has_content_length == 1 && info.content_length == length
+                }
                 Framing::Chunked => false,
             };
         if !alike {
@@ -687,8 +701,11 @@ impl Punted {
                     return Err(EngineError::Pipelined);
                 }
                 self.send(cookie, server_id, bytes, datapath)?;
-                self.stage =
-                    if end { Stage::Done { last_grant } } else { Stage::Pass { server_id, body, last_grant } };
+                self.stage = if end {
+                    Stage::Done { last_grant }
+                } else {
+                    Stage::Pass { server_id, body, last_grant }
+                };
                 Ok(())
             }
             Stage::Discard { mut body } => {
@@ -716,10 +733,14 @@ impl Punted {
         match self.stage {
             Stage::Head | Stage::Waiting => None,
             Stage::Done { last_grant } => Some(to(State::Head, Body::Length(0), last_grant)),
-            Stage::Pass { body: body @ Body::Length(_), last_grant, .. } => Some(to(State::Body, body, last_grant)),
+            Stage::Pass { body: body @ Body::Length(_), last_grant, .. } => {
+                Some(to(State::Body, body, last_grant))
+            }
             Stage::Pass { body, last_grant, .. } => Some(to(State::Chunked, body, last_grant)),
             // Passed already, so the kernel only has to follow it.
-            Stage::Discard { body: body @ Body::Length(_) } if self.observed => Some(to(State::Body, body, 0)),
+            Stage::Discard { body: body @ Body::Length(_) } if self.observed => {
+                Some(to(State::Body, body, 0))
+            }
             Stage::Discard { body } if self.observed => Some(to(State::Chunked, body, 0)),
             Stage::Discard { body: body @ Body::Length(_) } => Some(to(State::Discard, body, 0)),
             // A refused chunked body is read to its end here: the kernel discards by length only.

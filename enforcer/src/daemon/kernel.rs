@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use enforcer_common::abi::{
-    EndpointKey, FAMILY_V4, Grant, GrantLabel, HeadDigest, Reply, Verdict,
-};
+use enforcer_common::abi::{EndpointKey, FAMILY_V4, Grant, GrantLabel, HeadDigest, Reply, Verdict};
 use enforcer_common::flow::Ctl;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tracing::{error, warn};
@@ -28,23 +26,31 @@ pub(super) struct Kernel {
     maps: Maps,
     injectors: Injectors,
     destroyer: SocketDestroyer,
+    /// New connections are not guarded any more; whoever writes the configuration must not forget it.
+    draining: bool,
     /// Connections to destroy: when, which.
     due: BTreeMap<(u64, u64), u64>,
 }
 
 impl Kernel {
     pub(super) fn new(maps: Maps, injectors: Injectors) -> Self {
-        Self { maps, injectors, destroyer: SocketDestroyer::default(), due: BTreeMap::new() }
+        Self { maps, injectors, destroyer: SocketDestroyer::default(), draining: false, due: BTreeMap::new() }
     }
 
     pub(super) fn maps(&mut self) -> &mut Maps {
         &mut self.maps
     }
 
+    /// New connections are not guarded any more.
+    pub(super) fn drain(&mut self) {
+        self.draining = true;
+    }
+
     /// Shows the kernel that the daemon lives.
     pub(super) fn heartbeat(&mut self, now_ns: u64) -> Result<(), LiveError> {
         let mut config = self.maps.live.configuration()?;
         config.heartbeat_ns = now_ns;
+        config.draining |= u32::from(self.draining);
         self.maps.set_config(config)
     }
 

@@ -51,9 +51,8 @@ pub struct RunOptions {
 
 /// Both clocks, now.
 fn now() -> Now {
-    let unix_secs = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
+    let unix_secs =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     Now { boot_ns: BootInstant::now().since_boot().as_nanos() as u64, unix_secs }
 }
 
@@ -73,7 +72,8 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     }
     let cgroup = paths::cgroup(options.cgroup.as_deref())?;
     // Before any thread exists: the test forks.
-    let report = selftest::run(&options.bpffs).context("this kernel does not carry the datapath; not enforcing")?;
+    let report =
+        selftest::run(&options.bpffs).context("this kernel does not carry the datapath; not enforcing")?;
     info!(%report, "datapath self-test passed");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(enforce(options, &Arc::new(policy), &cgroup));
@@ -129,6 +129,7 @@ async fn enforce(
                     return Ok(());
                 }
                 info!(reason, "stopping; new connections are not guarded any more, guarded ones may finish");
+                kernel.drain();
                 let (pins, drain_timeout) = (pins.clone(), options.drain_timeout);
                 unloading = Some(tokio::task::spawn_blocking(move || {
                     unload(&pins, &UnloadOptions { drain_timeout, force: false })

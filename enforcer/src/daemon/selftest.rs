@@ -31,6 +31,8 @@ use crate::lifecycle::paths;
 const STEP: Duration = Duration::from_secs(3);
 const ENDPOINT_ID: u32 = 0;
 const GENERATION: u64 = 1;
+/// Requests that the server reads with blocking calls, which must not fail; the kernel refuses only on non-blocking sockets.
+const BLOCKING: u32 = 3;
 /// What the self-test's server answers.
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 /// What the kernel answers to the request that it refuses: 20 bytes of head less the padding.
@@ -175,19 +177,24 @@ impl Bench {
         self.verdict(&known, VERDICT_ALLOW).map_err(setup)?;
         self.verdict(&refused, VERDICT_DENY).map_err(setup)?;
         for number in 1..=2 {
+            std::thread::sleep(Duration::from_millis(5));
             client.write_all(request("/unknown").as_bytes()).map_err(setup)?;
             self.carry(number)?;
             expect(&mut client, number, "slow path", b"HTTP/1.1 200")?;
         }
+        // Its read must block before the bytes come: that is the harder case.
+        std::thread::sleep(Duration::from_millis(5));
         client.write_all(known.as_bytes()).map_err(setup)?;
         expect(&mut client, 3, "fast path", b"HTTP/1.1 200")?;
+        std::thread::sleep(Duration::from_millis(5));
         client.write_all(refused.as_bytes()).map_err(setup)?;
         expect(&mut client, 4, "refusal in the kernel", b"HTTP/1.1 401")?;
         Ok(SelfTestReport { slow: 2, fast: 1, refused: 1 })
     }
 
     fn verdict(&mut self, request: &str, kind: u32) -> Result<(), datapath::LiveError> {
-        let Ok((info, digest)) = head::analyze_bytes(request.as_bytes(), &self.digest_key, ENDPOINT_ID) else {
+        let Ok((info, digest)) = head::analyze_bytes(request.as_bytes(), &self.digest_key, ENDPOINT_ID)
+        else {
             return Ok(());
         };
         let serial = 1;
@@ -228,7 +235,9 @@ impl Bench {
         let end = Instant::now() + STEP;
         loop {
             if let Some(record) = self.ring.next() {
-                let Some((header, bytes)) = super::split(&record) else { return Err(setup("malformed record")) };
+                let Some((header, bytes)) = super::split(&record) else {
+                    return Err(setup("malformed record"));
+                };
                 let PuntHeader { cookie, epoch, kind, len_bytes, .. } = header;
                 if kind != PUNT_DATA {
                     continue;
@@ -368,14 +377,26 @@ fn serve(procs: &Path, port: &OwnedFd) -> std::io::Result<()> {
     let (mut stream, _) = listener.accept()?;
     let mut request = Vec::new();
     let mut buffer = [0; 1024];
+    let mut answered = 0;
     loop {
-        let length = stream.read(&mut buffer)?;
+        let length = match stream.read(&mut buffer) {
+            Err(error) if answered >= BLOCKING && error.kind() == ErrorKind::WouldBlock => {
+                let _ = poll(&mut [PollFd::new(stream.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+                continue;
+            }
+            length => length?,
+        };
         if length == 0 {
             return Ok(());
         }
         request.extend_from_slice(&buffer[..length]);
         if request.ends_with(b"\r\n\r\n") {
             request.clear();
+            answered += 1;
+            if answered == BLOCKING {
+                // Before the answer: the next request follows it at once.
+                stream.set_nonblocking(true)?;
+            }
             stream.write_all(ANSWER)?;
         }
     }

@@ -2,9 +2,7 @@
 
 use anyhow::Context;
 use aya::maps::{MapData, RingBuf};
-use enforcer_common::abi::{
-    ABI_VERSION, Config, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text,
-};
+use enforcer_common::abi::{ABI_VERSION, Config, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text};
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::path::Path;

@@ -4,12 +4,13 @@ use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use enforcer_common::abi::{
-    INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader, MAX_INJECTORS, PUNT_CHUNK_BYTES,
+    INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader, MAX_INJECTORS,
+    PUNT_CHUNK_BYTES,
 };
 use enforcer_common::flow::Ctl;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrStorage, sendmsg, setsockopt, shutdown, socketpair,
-    sockopt,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrStorage, sendmsg, setsockopt, shutdown,
+    socketpair, sockopt,
 };
 
 use super::{LiveError, Maps};
@@ -53,8 +54,8 @@ impl Injectors {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for index in 0..MAX_INJECTORS {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let (mine, kernel) =
-                socketpair(AddressFamily::Unix, SockType::Datagram, None, flags).map_err(InjectError::Pair)?;
+            let (mine, kernel) = socketpair(AddressFamily::Unix, SockType::Datagram, None, flags)
+                .map_err(InjectError::Pair)?;
             for end in [&mine, &kernel] {
                 setsockopt(end, sockopt::SndBufForce, &SEND_BUFFER_BYTES).map_err(InjectError::Pair)?;
                 setsockopt(end, sockopt::RcvBufForce, &SEND_BUFFER_BYTES).map_err(InjectError::Pair)?;
@@ -63,9 +64,8 @@ impl Injectors {
             ours.push(mine);
             theirs.push(kernel);
         }
-        let (sink, peer) =
-            socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)
-                .map_err(InjectError::Pair)?;
+        let (sink, peer) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(InjectError::Pair)?;
         maps.set_sink(&sink)?;
         // Sending to it is an error, yet it stays connected: a sink whose peer is gone could not be redirected to.
         shutdown(peer.as_raw_fd(), Shutdown::Read).map_err(InjectError::Pair)?;

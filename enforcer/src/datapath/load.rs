@@ -95,17 +95,21 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
     loader
         .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
         .override_global("TCP_SND_UNA_OFFSET", &offsets.snd_una, true)
-        .override_global("RECEIVE_QUEUE_LEN_OFFSET", &offsets.receive_queue_len, true);
+        .override_global("RECEIVE_QUEUE_LEN_OFFSET", &offsets.receive_queue_len, true)
+        .override_global("SK_SOCKET_OFFSET", &offsets.socket, true)
+        .override_global("SOCKET_FILE_OFFSET", &offsets.file, true)
+        .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true);
     for name in MAPS {
         loader.map_pin_path(*name, pins.pin(name));
     }
     let mut ebpf = loader.load(EBPF_OBJECT)?;
 
-    let sockets = SockHash::<_, u64>::try_from(ebpf.map(map::SOCKETS).ok_or(LoadError::Missing(map::SOCKETS))?)
-        .map_err(|source| LoadError::Map { name: map::SOCKETS, source })?
-        .fd()
-        .try_clone()
-        .map_err(|error| pin_error(pins.path(), &error))?;
+    let sockets =
+        SockHash::<_, u64>::try_from(ebpf.map(map::SOCKETS).ok_or(LoadError::Missing(map::SOCKETS))?)
+            .map_err(|source| LoadError::Map { name: map::SOCKETS, source })?
+            .fd()
+            .try_clone()
+            .map_err(|error| pin_error(pins.path(), &error))?;
     let injectors = SockMap::try_from(ebpf.map(map::INJECTORS).ok_or(LoadError::Missing(map::INJECTORS))?)
         .map_err(|source| LoadError::Map { name: map::INJECTORS, source })?
         .fd()
@@ -128,8 +132,22 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
 
 /// The maps that are pinned.
 const MAPS: &[&str] = &[
-    map::CONFIG, map::DIGEST_KEY, map::ENDPOINTS, map::SOCKETS, map::FLOWS, map::VERDICTS, map::GRANTS, map::REPLIES,
-    map::COUNTERS, map::REASONS, map::PUNTS, map::INJECTORS, map::SINK, map::SCRATCH, map::GRANT_LABELS, map::SERVER_LABELS,
+    map::CONFIG,
+    map::DIGEST_KEY,
+    map::ENDPOINTS,
+    map::SOCKETS,
+    map::FLOWS,
+    map::VERDICTS,
+    map::GRANTS,
+    map::REPLIES,
+    map::COUNTERS,
+    map::REASONS,
+    map::PUNTS,
+    map::INJECTORS,
+    map::SINK,
+    map::SCRATCH,
+    map::GRANT_LABELS,
+    map::SERVER_LABELS,
 ];
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
@@ -152,8 +170,8 @@ impl Loaded {
     /// # Errors
     /// See [`LoadError`]; nothing stays attached then.
     pub fn attach(&mut self, cgroup: &Path) -> Result<(), LoadError> {
-        let file = File::open(cgroup)
-            .map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
+        let file =
+            File::open(cgroup).map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
         let pin = self.pins.pin(LINK_PIN);
         let tag_flow: &mut SockOps = program(&mut self.ebpf, "tag_flow")?;
         let failed = |source| LoadError::Program { name: "tag_flow", source };

@@ -5,8 +5,8 @@ use std::borrow::{Borrow, BorrowMut};
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
-    ABI_VERSION, Config, Counter, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, ReasonName, Reply,
-    ServerLabel, Verdict, map, text,
+    ABI_VERSION, Config, Counter, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, ReasonName,
+    Reply, ServerLabel, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
 
@@ -27,7 +27,10 @@ pub enum LiveError {
         source: MapError,
     },
     /// The maps belong to another version.
-    #[error("the loaded enforcement has ABI version {found}, this program {}; use the `enforcer` that loaded it", ABI_VERSION)]
+    #[error(
+        "the loaded enforcement has ABI version {found}, this program {}; use the `enforcer` that loaded it",
+        ABI_VERSION
+    )]
     Abi {
         /// Version in the maps.
         found: u32,
@@ -117,7 +120,11 @@ impl Live {
     }
 }
 
-fn get<T: Borrow<MapData>, V: Pod>(array: &Array<T, V>, name: &'static str, index: u32) -> Result<V, LiveError> {
+fn get<T: Borrow<MapData>, V: Pod>(
+    array: &Array<T, V>,
+    name: &'static str,
+    index: u32,
+) -> Result<V, LiveError> {
     array.get(&index, 0).map_err(|source| LiveError::Map { name, source })
 }
 

@@ -16,8 +16,7 @@ pub use offsets::{OffsetError, TcpOffsets};
 use std::path::{Path, PathBuf};
 
 /// The object with the kernel programs.
-pub static EBPF_OBJECT: &[u8] =
-    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/enforcer-ebpf"));
+pub static EBPF_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/enforcer-ebpf"));
 
 /// Where the pins lie under a bpffs mount, unless told otherwise.
 pub const PIN_NAME: &str = "enforcer";

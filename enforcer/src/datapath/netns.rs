@@ -54,7 +54,13 @@ impl SocketDestroyer {
     ///
     /// # Errors
     /// The namespace can't be found (nothing lives in it any more) or entered, or the kernel refuses.
-    pub fn destroy(&mut self, netns_cookie: u64, cookie: u64, local: EndpointKey, peer: EndpointKey) -> Result<()> {
+    pub fn destroy(
+        &mut self,
+        netns_cookie: u64,
+        cookie: u64,
+        local: EndpointKey,
+        peer: EndpointKey,
+    ) -> Result<()> {
         let netlink = self.netlink(netns_cookie)?;
         let v4 = local.family == FAMILY_V4;
         let request = Request {

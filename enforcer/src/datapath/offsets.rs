@@ -14,13 +14,21 @@ pub struct TcpOffsets {
     pub snd_una: u32,
     /// `sk_receive_queue.qlen`: packets that wait behind the one that is being judged.
     pub receive_queue_len: u32,
+    /// `sk_socket` in `struct sock`.
+    pub socket: u32,
+    /// `file` in `struct socket`.
+    pub file: u32,
+    /// `f_flags` in `struct file`: whether the server's descriptor is blocking.
+    pub file_flags: u32,
 }
 
 /// Why the offsets are not known.
 #[derive(Debug, thiserror::Error)]
 pub enum OffsetError {
     /// The kernel has no type information, or it can't be read.
-    #[error("cannot read the kernel's type information {VMLINUX_BTF}: {0}; a kernel with CONFIG_DEBUG_INFO_BTF is needed")]
+    #[error(
+        "cannot read the kernel's type information {VMLINUX_BTF}: {0}; a kernel with CONFIG_DEBUG_INFO_BTF is needed"
+    )]
     Btf(String),
     /// A field is missing.
     #[error("the kernel's struct {structure} has no 32-bit field `{field}`; this kernel is not supported")]
@@ -56,6 +64,9 @@ impl TcpOffsets {
             write_seq: offset("tcp_sock", "write_seq")?,
             snd_una: offset("tcp_sock", "snd_una")?,
             // A `struct tcp_sock` starts with its `struct sock`.
+            socket: offset("sock", "sk_socket")?,
+            file: offset("socket", "file")?,
+            file_flags: offset("file", "f_flags")?,
             receive_queue_len: offset("sock", "sk_receive_queue")? + offset("sk_buff_head", "qlen")?,
         })
     }

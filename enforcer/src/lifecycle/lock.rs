@@ -186,10 +186,7 @@ mod tests {
         first.record_policy(Path::new("/etc/a-rather-long-path/policy.yaml")).unwrap();
         first.record_policy(Path::new("/etc/policy.yaml")).unwrap();
         let record = LockRecord { pid: std::process::id(), policy: Some("/etc/policy.yaml".into()) };
-        assert_eq!(
-            state_in(&dir, "one").unwrap(),
-            LockState { held: true, record: Some(record.clone()) }
-        );
+        assert_eq!(state_in(&dir, "one").unwrap(), LockState { held: true, record: Some(record.clone()) });
         drop(first);
         assert_eq!(state_in(&dir, "one").unwrap(), LockState { held: false, record: Some(record) });
         DaemonLock::acquire_in(&dir, "one").unwrap();

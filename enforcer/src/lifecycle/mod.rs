@@ -1,6 +1,6 @@
 //! What surrounds an enforcement: where it lies, who may run it, how it ends, and whether this machine can hold one.
 
-// doctor
+pub mod doctor;
 pub mod lock;
 pub mod paths;
 #[cfg(test)]

@@ -26,7 +26,9 @@ pub enum PathError {
     #[error("cannot read the mount table {MOUNTS}: {0}; is /proc mounted?")]
     Mounts(std::io::Error),
     /// There is no cgroup2 mount.
-    #[error("no cgroup2 file system is mounted; mount one with `mount -t cgroup2 none {CGROUP}`, or name one with --cgroup")]
+    #[error(
+        "no cgroup2 file system is mounted; mount one with `mount -t cgroup2 none {CGROUP}`, or name one with --cgroup"
+    )]
     NoCgroup2,
     /// A path that should be a cgroup2 directory is not.
     #[error("{path} is not a cgroup2 directory: {reason}")]
@@ -37,7 +39,9 @@ pub enum PathError {
         reason: String,
     },
     /// There is no bpffs, and it could not be mounted.
-    #[error("no bpffs is mounted at {path}, and mounting one failed: {source}; as root, run `mount -t bpf bpf {path}`")]
+    #[error(
+        "no bpffs is mounted at {path}, and mounting one failed: {source}; as root, run `mount -t bpf bpf {path}`"
+    )]
     NoBpffs {
         /// The path.
         path: PathBuf,
@@ -155,7 +159,9 @@ pub fn ensure_bpffs(path: &Path) -> Result<Bpffs, PathError> {
 
 /// Why a pin name is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not a pin name: 1 to {MAX_PIN_NAME_BYTES} letters, digits, `-` and `_` (bpffs reserves names with a dot)")]
+#[error(
+    "`{0}` is not a pin name: 1 to {MAX_PIN_NAME_BYTES} letters, digits, `-` and `_` (bpffs reserves names with a dot)"
+)]
 pub struct PinNameError(String);
 
 /// Checks a pin name, which becomes a file name on a bpffs and under `/run`.

@@ -64,7 +64,7 @@ pub enum UnloadError {
     Maps(#[from] LiveError),
     /// The list of flows can't be read.
     #[error("cannot read the flows: {0}; with --force the pins are removed all the same")]
-    Flows(MapError),
+    Flows(#[source] MapError),
     /// Sockets could not be destroyed.
     #[error("{count} connections are still guarded and were left so{}; end them, or cut them off with --force", listed(.errors))]
     StillGuarded {
@@ -96,7 +96,7 @@ fn listed(errors: &[String]) -> String {
 pub fn unload(pins: &PinDir, options: &UnloadOptions) -> Result<UnloadReport, UnloadError> {
     let start = Instant::now();
     let mut report = UnloadReport { pin_directory: pins.path().to_owned(), ..UnloadReport::default() };
-    for pins in [pins, &pins.staging()] {
+    for pins in [pins, &pins.staging(), &pins.retired()] {
         if !pins.path().exists() {
             continue;
         }
@@ -141,11 +141,12 @@ impl<'a> Drain<'a> {
     }
 
     fn run(mut self, options: &UnloadOptions) -> Result<(), UnloadError> {
+        let mut seen: BTreeSet<u64> = self.flows()?.into_keys().collect();
         self.stop_tagging()?;
         // A program that read the configuration before may be about to record its flow.
         std::thread::sleep(POLL);
         let mut flows = self.flows()?;
-        let mut seen: BTreeSet<u64> = flows.keys().copied().collect();
+        seen.extend(flows.keys());
         let deadline = Instant::now() + options.drain_timeout;
         while !flows.is_empty() && Instant::now() < deadline {
             std::thread::sleep(POLL.min(deadline.saturating_duration_since(Instant::now())));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ring::digest::{Context, SHA256, digest};
 
-use super::{Answer, ReadMode, RequestRecord, Shared, wait_readable};
+use super::{Answer, ReadMode, RequestRecord, Shared, wait_readable, wait_writable};
 use crate::wire::{ChunkedScanner, Framing, head_end, header, method_and_target, request_framing};
 
 /// How often a waiting connection looks whether the recorder closes.
@@ -216,7 +216,9 @@ impl Connection<'_> {
             match self.stream.write(bytes) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-                Err(error) if is_timeout(&error) && !self.shared.is_closing() => {}
+                Err(error) if is_timeout(&error) && !self.shared.is_closing() => {
+                    wait_writable(self.stream, POLL_MS);
+                }
                 Err(error) => return Err(error),
             }
         }

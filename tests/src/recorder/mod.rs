@@ -78,11 +78,20 @@ pub struct Config {
     pub answer_delay_ms: u64,
     /// How many bytes of each connection are kept as they are (all are counted and hashed).
     pub keep_bytes: usize,
+    /// Accepted sockets are non-blocking, as those of event loops are.
+    #[serde(default)]
+    pub nonblocking: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { answer: Answer::Json, read: ReadMode::Fast, answer_delay_ms: 0, keep_bytes: 1 << 20 }
+        Self {
+            answer: Answer::Json,
+            read: ReadMode::Fast,
+            answer_delay_ms: 0,
+            keep_bytes: 1 << 20,
+            nonblocking: false,
+        }
     }
 }
 
@@ -269,6 +278,9 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
             wait_readable(listener, 50);
             continue;
         };
+        let nonblocking = shared.config().nonblocking;
+        // Before the connection is on record: who sees it there may count on it.
+        drop(stream.set_nonblocking(nonblocking));
         let record = ConnectionRecord {
             peer,
             bytes_read: 0,
@@ -293,7 +305,6 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 
 fn prepare(stream: TcpStream) -> TcpStream {
     // Without these the connection still works, only its end is noticed later.
-    drop(stream.set_nonblocking(false));
     drop(stream.set_nodelay(true));
     drop(stream.set_read_timeout(Some(Duration::from_millis(200))));
     drop(stream.set_write_timeout(Some(Duration::from_millis(200))));
@@ -302,7 +313,16 @@ fn prepare(stream: TcpStream) -> TcpStream {
 
 /// Waits for something to read, an end or an error; false when `timeout_ms` passes without.
 fn wait_readable(socket: &impl AsFd, timeout_ms: u8) -> bool {
-    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    wait_for(socket, PollFlags::POLLIN, timeout_ms)
+}
+
+/// Waits for room to write, or an error; false when `timeout_ms` passes without.
+fn wait_writable(socket: &impl AsFd, timeout_ms: u8) -> bool {
+    wait_for(socket, PollFlags::POLLOUT, timeout_ms)
+}
+
+fn wait_for(socket: &impl AsFd, events: PollFlags, timeout_ms: u8) -> bool {
+    let mut polled = [PollFd::new(socket.as_fd(), events)];
     poll(&mut polled, PollTimeout::from(timeout_ms)).is_ok_and(|ready| ready > 0)
 }
 

@@ -1,0 +1,174 @@
+//! The command line: nouns read, verbs write.
+//!
+//! The reading commands look at the pinned maps themselves, so they work while no daemon runs.
+
+mod check;
+mod doctor;
+pub mod exit;
+mod explain;
+mod format;
+mod live;
+mod output;
+pub mod run;
+mod unload;
+mod view;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::datapath::{PIN_NAME, PinDir};
+use crate::lifecycle::paths;
+use exit::{OK, USAGE};
+pub use output::Output;
+
+/// How long connections may go on at the end, unless told otherwise, in seconds.
+const DRAIN_TIMEOUT_SECS: u64 = 10;
+
+const EXAMPLES: &str = "\
+Examples:
+  enforcer doctor                               can this machine enforce?
+  enforcer check policy.yaml                    what would be checked?
+  enforcer run --policy policy.yaml             guard the servers
+  enforcer status                               is it enforcing?
+  enforcer flows --output json                  live connections, for programs
+  enforcer explain --server files < token       would this token pass, and why not?
+  enforcer unload                               remove everything from the kernel";
+
+/// Zero-trust authorization for MCP servers, enforced in the kernel
+///
+/// Every HTTP request that reaches a guarded server carries a valid token that was issued for that server, or is refused
+/// with the right HTTP answer. No proxy, and the server is unchanged.
+#[derive(Debug, Parser)]
+#[command(name = "enforcer", version, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{}", exit::HELP))]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+struct Global {
+    /// How results are written to stdout
+    #[arg(long, value_enum, global = true, default_value_t)]
+    output: Output,
+    /// Where the BPF file system is mounted
+    #[arg(long, global = true, value_name = "PATH", default_value = paths::BPFFS)]
+    bpffs: PathBuf,
+    /// Which enforcement: the name of its pin directory
+    #[arg(long, global = true, value_name = "NAME", default_value = PIN_NAME, value_parser = paths::pin_name)]
+    pin_name: String,
+}
+
+impl Global {
+    fn pins(&self) -> PinDir {
+        paths::pin_dir(&self.bpffs, &self.pin_name)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(run::Command),
+    Check(check::Command),
+    /// Whether requests are being checked, by what, and how full the tables are
+    ///
+    /// Exit code 3 when nothing is loaded.
+    Status,
+    /// The guarded servers
+    Servers,
+    /// The guarded connections, oldest first
+    ///
+    /// STATE: head (a request is expected), body and chunked (of an allowed request), punted (the daemon has it), discard
+    /// (the body of a refused request), dead (nothing passes), opaque (observe mode: can't be followed).
+    Flows,
+    /// What was decided about the request heads that the kernel knows
+    ///
+    /// Heads are shown by a fingerprint. STATE: current, or why the kernel would ask the daemon again.
+    Verdicts,
+    /// The tokens that the kernel lets pass, by serial number
+    ///
+    /// Tokens are shown by a keyed fingerprint, the same that stands in the log.
+    Grants,
+    Counters(CountersCommand),
+    Explain(explain::Command),
+    Doctor(doctor::Command),
+    Unload(unload::Command),
+}
+
+/// What has happened to requests and connections since the enforcement was loaded
+///
+/// `kernel` counts outcomes in the kernel, `daemon` the reasons for which the daemon refused requests.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  enforcer counters
+  enforcer counters --all --output json")]
+struct CountersCommand {
+    /// Also those that are zero
+    #[arg(long)]
+    all: bool,
+}
+
+/// Parses the process's arguments, runs the command, reports its error on stderr.
+#[must_use]
+pub fn main() -> ExitCode {
+    ExitCode::from(run_from(std::env::args_os()))
+}
+
+/// Runs a command line, program name first. Returns one of the codes of [`exit`].
+fn run_from(arguments: impl IntoIterator<Item = OsString>) -> u8 {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to stdout; a reader that went away has what it wanted.
+            let _ = error.print();
+            return if error.use_stderr() { USAGE } else { OK };
+        }
+    };
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            output::say(&format!("enforcer: {}", message(&error)));
+            exit::code_of(&error)
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<u8> {
+    let global = cli.global;
+    match cli.command {
+        Command::Run(command) => run::run(&command.into_args(&global)),
+        Command::Check(command) => check::run(&command, global.output),
+        Command::Status => view::status(&global),
+        Command::Servers => view::servers(&global),
+        Command::Flows => view::flows(&global),
+        Command::Verdicts => view::verdicts(&global),
+        Command::Grants => view::grants(&global),
+        Command::Counters(command) => view::counters(&global, command.all),
+        Command::Explain(command) => explain::run(&command, &global),
+        Command::Doctor(command) => doctor::run(command, &global),
+        Command::Unload(command) => unload::run(&command, &global),
+    }
+}
+
+/// An error with those of its causes that it does not quote itself.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! Flows.
+
+use std::collections::BTreeMap;
+
+use enforcer_common::abi::{
+    Endpoint, EndpointKey, FLOW_OBSERVE, Flow, Grant, GrantLabel, ServerLabel, text_str,
+};
+use enforcer_common::flow::Ctl;
+use serde::Serialize;
+
+use super::servers::names_by_endpoint;
+use crate::cli::format::{NONE, age_ms, duration, or_none, socket};
+use crate::cli::output::{Render, table};
+
+/// Everything that rows are made of.
+pub(super) struct Source {
+    pub(super) flows: BTreeMap<u64, Flow>,
+    pub(super) grants: BTreeMap<u32, Grant>,
+    pub(super) labels: BTreeMap<u32, GrantLabel>,
+    pub(super) servers: BTreeMap<u32, ServerLabel>,
+    pub(super) endpoints: BTreeMap<EndpointKey, Endpoint>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Flows {
+    /// Oldest first.
+    flows: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    cookie: u64,
+    netns_cookie: u64,
+    client_address: String,
+    server_address: String,
+    endpoint_id: u32,
+    /// Servers on this endpoint.
+    servers: Vec<String>,
+    state: &'static str,
+    mode: &'static str,
+    age_ms: u64,
+    /// Since the last request head; absent before the first.
+    idle_ms: Option<u64>,
+    requests: u64,
+    allowed: u64,
+    refused: u64,
+    punts: u64,
+    punted_bytes: u64,
+    /// What is in the slot of the grant that the last request used: that grant, or a later one if the slot was used again
+    /// since. Absent if there is none.
+    last_grant: Option<LastGrant>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct LastGrant {
+    serial: u64,
+    issuer: String,
+    subject: String,
+    client_id: Option<String>,
+}
+
+/// Slot of the grant that a flow's last request used.
+pub(super) fn last_grant_slot(flow: &Flow) -> Option<u32> {
+    flow.last_grant.checked_sub(1)
+}
+
+impl Flows {
+    pub(super) fn of(source: &Source, now_ns: u64) -> Self {
+        let names = names_by_endpoint(&source.servers, &source.endpoints);
+        let mut flows: Vec<_> = source.flows.iter().collect();
+        flows.sort_by_key(|(cookie, flow)| (flow.opened_ns, **cookie));
+        let row = |(&cookie, flow): (&u64, &Flow)| Row {
+            cookie,
+            netns_cookie: flow.netns_cookie,
+            client_address: socket(&flow.peer),
+            server_address: socket(&flow.local),
+            endpoint_id: flow.endpoint_id,
+            servers: names.get(&flow.endpoint_id).cloned().unwrap_or_default(),
+            state: Ctl(flow.ctl).state_name(),
+            mode: if flow.flags & FLOW_OBSERVE != 0 { "observe" } else { "enforce" },
+            age_ms: age_ms(flow.opened_ns, now_ns),
+            idle_ms: (flow.last_request_ns != 0).then(|| age_ms(flow.last_request_ns, now_ns)),
+            requests: flow.requests,
+            allowed: flow.allowed,
+            refused: flow.refused,
+            punts: flow.punts,
+            punted_bytes: flow.punted_bytes,
+            last_grant: last_grant(source, flow),
+        };
+        Self { flows: flows.into_iter().map(row).collect() }
+    }
+}
+
+fn last_grant(source: &Source, flow: &Flow) -> Option<LastGrant> {
+    let slot = last_grant_slot(flow)?;
+    let (grant, label) = (source.grants.get(&slot)?, source.labels.get(&slot)?);
+    let client_id = text_str(&label.client_id);
+    Some(LastGrant {
+        serial: grant.serial,
+        issuer: text_str(&label.issuer).to_owned(),
+        subject: text_str(&label.subject).to_owned(),
+        client_id: (!client_id.is_empty()).then(|| client_id.to_owned()),
+    })
+}
+
+impl Render for Flows {
+    fn text(&self) -> String {
+        let rows = self.flows.iter().map(|row| {
+            let grant = row.last_grant.as_ref();
+            [
+                row.cookie.to_string(),
+                row.client_address.clone(),
+                row.server_address.clone(),
+                or_none(&row.servers.join(",")),
+                row.state.to_owned(),
+                row.mode.to_owned(),
+                duration(row.age_ms),
+                row.idle_ms.map_or_else(|| NONE.to_owned(), duration),
+                row.requests.to_string(),
+                row.allowed.to_string(),
+                row.refused.to_string(),
+                row.punts.to_string(),
+                grant.map_or_else(|| NONE.to_owned(), |grant| or_none(&grant.subject)),
+                grant.and_then(|grant| grant.client_id.clone()).unwrap_or_else(|| NONE.to_owned()),
+            ]
+        });
+        let header = [
+            "COOKIE",
+            "CLIENT",
+            "SERVER",
+            "NAME",
+            "STATE",
+            "MODE",
+            "AGE",
+            "IDLE",
+            "REQUESTS",
+            "ALLOWED",
+            "REFUSED",
+            "PUNTS",
+            "LAST SUBJECT",
+            "LAST CLIENT ID",
+        ];
+        table(header, rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use enforcer_common::flow::State;
+
+    use super::super::testing::{endpoint, flow, grant, label, server, v4};
+    use super::*;
+
+    fn source() -> Source {
+        let key = v4([127, 0, 0, 1], 80);
+        let young = Flow { opened_ns: 2_000_000_000, flags: FLOW_OBSERVE, ..flow(0) };
+        let old = Flow {
+            ctl: Ctl::new(State::Punted, 3, 7).0,
+            opened_ns: 1_000_000_000,
+            last_request_ns: 3_000_000_000,
+            requests: 5,
+            allowed: 3,
+            refused: 1,
+            punts: 1,
+            last_grant: 5,
+            ..flow(0)
+        };
+        Source {
+            flows: BTreeMap::from([(1, young), (9, old), (4, Flow { opened_ns: 2_000_000_000, ..flow(8) })]),
+            grants: BTreeMap::from([(4, grant(77))]),
+            labels: BTreeMap::from([(4, label(77, "alice", ""))]),
+            servers: BTreeMap::from([(0, server("files", "127.0.0.1:80"))]),
+            endpoints: BTreeMap::from([endpoint(key, 0)]),
+        }
+    }
+
+    #[test]
+    fn oldest_first_then_by_cookie() {
+        let flows = Flows::of(&source(), 64_000_000_000);
+        assert_eq!(flows.flows.iter().map(|row| row.cookie).collect::<Vec<_>>(), [9, 1, 4]);
+        let lines: Vec<Vec<String>> = flows
+            .text()
+            .lines()
+            .skip(1)
+            .map(|line| line.split_whitespace().map(str::to_owned).collect())
+            .collect();
+        assert_eq!(
+            lines[0],
+            [
+                "9",
+                "192.0.2.7:5555",
+                "127.0.0.1:80",
+                "files",
+                "punted",
+                "enforce",
+                "1m03s",
+                "1m01s",
+                "5",
+                "3",
+                "1",
+                "1",
+                "alice",
+                "-"
+            ]
+        );
+        assert_eq!(lines[1][3..8], ["files", "head", "observe", "1m02s", "-"]);
+        // An endpoint that nobody names any more.
+        assert_eq!(lines[2][3], "-");
+    }
+
+    #[test]
+    fn json_names_units_and_says_null_for_nothing() {
+        let json = serde_json::to_value(Flows::of(&source(), 64_000_000_000)).unwrap();
+        let (old, young) = (&json["flows"][0], &json["flows"][1]);
+        assert_eq!(old["age_ms"], 63_000);
+        assert_eq!(old["last_grant"]["serial"], 77);
+        assert_eq!(old["last_grant"]["client_id"], serde_json::Value::Null);
+        assert_eq!(young["last_grant"], serde_json::Value::Null);
+        assert_eq!(young["idle_ms"], serde_json::Value::Null);
+    }
+
+    #[test]
+    fn a_grant_that_is_gone_is_not_shown() {
+        let mut source = source();
+        source.labels.clear();
+        let json = serde_json::to_value(Flows::of(&source, 0)).unwrap();
+        assert_eq!(json["flows"][0]["last_grant"], serde_json::Value::Null);
+    }
+}

@@ -1,0 +1,88 @@
+//! The reading commands. Each has a pure part, from the values in the maps and a time to rows.
+
+mod counters;
+mod flows;
+mod grants;
+mod servers;
+mod status;
+#[cfg(test)]
+mod testing;
+mod verdicts;
+
+use super::exit::{NOT_LOADED, OK};
+use super::output::print;
+use super::{Global, live};
+use crate::datapath::LiveError;
+use crate::lifecycle::lock;
+
+pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
+    let pins = global.pins();
+    // Who may not look into the lock directory may still look at the maps.
+    let lock = lock::state(&global.pin_name).ok();
+    let place = status::Place {
+        pin_directory: pins.path().to_owned(),
+        link_pinned: pins.pin(crate::datapath::LINK_PIN).exists(),
+    };
+    let live = match live::open(global) {
+        Ok(live) => live,
+        Err(error) if matches!(error.downcast_ref(), Some(LiveError::NotLoaded(_))) => {
+            print(global.output, &status::Status::not_loaded(place, lock))?;
+            return Ok(NOT_LOADED);
+        }
+        Err(error) => return Err(error),
+    };
+    let config = live.configuration()?;
+    let used = status::Used {
+        flows: live::flows(&live)?.len(),
+        verdicts: live::verdicts(&live)?.len(),
+        grants: live::grants(&live)?.len(),
+    };
+    print(global.output, &status::Status::of(place, lock, &config, &used, live::now_ns()))?;
+    Ok(OK)
+}
+
+pub(super) fn servers(global: &Global) -> anyhow::Result<u8> {
+    let live = live::open(global)?;
+    let (servers, endpoints, flows) = (live::servers(&live)?, live::endpoints(&live)?, live::flows(&live)?);
+    print(global.output, &servers::Servers::of(&servers, &endpoints, flows.values()))?;
+    Ok(OK)
+}
+
+pub(super) fn flows(global: &Global) -> anyhow::Result<u8> {
+    let live = live::open(global)?;
+    let flows = live::flows(&live)?;
+    let grants = live::grants_in(&live, flows.values().filter_map(flows::last_grant_slot))?;
+    let source = flows::Source {
+        labels: live::grant_labels(&live, &grants)?,
+        grants,
+        servers: live::servers(&live)?,
+        endpoints: live::endpoints(&live)?,
+        flows,
+    };
+    print(global.output, &flows::Flows::of(&source, live::now_ns()))?;
+    Ok(OK)
+}
+
+pub(super) fn verdicts(global: &Global) -> anyhow::Result<u8> {
+    let live = live::open(global)?;
+    let verdicts = live::verdicts(&live)?;
+    let grants = live::grants_in(&live, verdicts.values().filter_map(verdicts::grant_slot))?;
+    let (config, servers) = (live.configuration()?, live::servers(&live)?);
+    print(global.output, &verdicts::Verdicts::of(&verdicts, &grants, &servers, &config, live::now_ns()))?;
+    Ok(OK)
+}
+
+pub(super) fn grants(global: &Global) -> anyhow::Result<u8> {
+    let live = live::open(global)?;
+    let grants = live::grants(&live)?;
+    let labels = live::grant_labels(&live, &grants)?;
+    let (config, servers) = (live.configuration()?, live::servers(&live)?);
+    print(global.output, &grants::Grants::of(&grants, &labels, &servers, &config, live::now_ns()))?;
+    Ok(OK)
+}
+
+pub(super) fn counters(global: &Global, all: bool) -> anyhow::Result<u8> {
+    let live = live::open(global)?;
+    print(global.output, &counters::Counters::of(&live.counters()?, live::reasons(&live)?, all))?;
+    Ok(OK)
+}

@@ -1,0 +1,289 @@
+//! The enforcement as a whole.
+
+use std::path::PathBuf;
+
+use enforcer_common::abi::{
+    ABI_VERSION, Config, MAX_FLOWS, MAX_GRANTS, MAX_VERDICTS, MODE_ENFORCE, MODE_OBSERVE,
+};
+use serde::Serialize;
+
+use crate::cli::format::{age_ms, duration};
+use crate::cli::output::{Render, pairs};
+use crate::lifecycle::lock::LockState;
+
+/// What the file system says.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) pin_directory: PathBuf,
+    pub(super) link_pinned: bool,
+}
+
+/// Entries in the tables.
+#[derive(Debug)]
+pub(super) struct Used {
+    pub(super) flows: usize,
+    pub(super) verdicts: usize,
+    pub(super) grants: usize,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Status {
+    /// `enforcing`, `observing`, `draining`, `detached`, `no-policy` or `not-loaded`.
+    state: &'static str,
+    /// Requests without a right are being refused.
+    enforcing: bool,
+    pin_directory: PathBuf,
+    link_pinned: bool,
+    daemon: Daemon,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loaded: Option<Loaded>,
+}
+
+#[derive(Debug, Serialize)]
+struct Daemon {
+    /// It holds its lock and has shown the kernel a sign of life within the limit.
+    alive: bool,
+    /// Absent if the lock can't be looked at.
+    lock_held: Option<bool>,
+    /// Its last sign of life is within the limit, so the kernel still parks unknown requests for it.
+    heartbeat_fresh: bool,
+    pid: Option<u32>,
+    heartbeat_age_ms: Option<u64>,
+    heartbeat_limit_ms: Option<u64>,
+    /// The policy that it runs, or that the last one ran.
+    policy: Option<PathBuf>,
+}
+
+#[derive(Debug, Serialize)]
+struct Loaded {
+    mode: &'static str,
+    abi_version: u32,
+    generation: u64,
+    age_ms: u64,
+    flows: Table,
+    verdicts: Table,
+    grants: Table,
+}
+
+#[derive(Debug, Serialize)]
+struct Table {
+    used: usize,
+    capacity: u32,
+}
+
+impl Table {
+    fn text(&self) -> String {
+        format!("{} of {}", self.used, self.capacity)
+    }
+}
+
+impl Status {
+    pub(super) fn not_loaded(place: Place, lock: Option<LockState>) -> Self {
+        let lock_held = lock.as_ref().map(|lock| lock.held);
+        let record = lock.and_then(|lock| lock.record);
+        Self {
+            state: "not-loaded",
+            enforcing: false,
+            pin_directory: place.pin_directory,
+            link_pinned: place.link_pinned,
+            daemon: Daemon {
+                alive: false,
+                pid: record.as_ref().filter(|_| lock_held == Some(true)).map(|record| record.pid),
+                lock_held,
+                heartbeat_fresh: false,
+                heartbeat_age_ms: None,
+                heartbeat_limit_ms: None,
+                policy: record.and_then(|record| record.policy),
+            },
+            loaded: None,
+        }
+    }
+
+    pub(super) fn of(
+        place: Place,
+        lock: Option<LockState>,
+        config: &Config,
+        used: &Used,
+        now_ns: u64,
+    ) -> Self {
+        let state = state(&place, config);
+        let lock_held = lock.as_ref().map(|lock| lock.held);
+        let fresh = now_ns.saturating_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
+        Self {
+            state,
+            enforcing: state == "enforcing",
+            pin_directory: place.pin_directory,
+            link_pinned: place.link_pinned,
+            daemon: Daemon {
+                alive: fresh && lock_held != Some(false),
+                lock_held,
+                heartbeat_fresh: fresh,
+                pid: Some(config.daemon_pid),
+                heartbeat_age_ms: Some(age_ms(config.heartbeat_ns, now_ns)),
+                heartbeat_limit_ms: Some(age_ms(0, config.heartbeat_limit_ns)),
+                policy: lock.and_then(|lock| lock.record).and_then(|record| record.policy),
+            },
+            loaded: Some(Loaded {
+                mode: mode(config.mode),
+                abi_version: config.abi_version,
+                generation: config.generation,
+                age_ms: age_ms(config.loaded_ns, now_ns),
+                flows: Table { used: used.flows, capacity: MAX_FLOWS },
+                verdicts: Table { used: used.verdicts, capacity: MAX_VERDICTS },
+                grants: Table { used: used.grants, capacity: MAX_GRANTS },
+            }),
+        }
+    }
+}
+
+fn state(place: &Place, config: &Config) -> &'static str {
+    if !place.link_pinned {
+        "detached"
+    } else if config.draining != 0 {
+        "draining"
+    } else if config.abi_version != ABI_VERSION {
+        "no-policy"
+    } else if config.mode == MODE_OBSERVE {
+        "observing"
+    } else {
+        // The kernel takes every other mode for this one.
+        "enforcing"
+    }
+}
+
+fn mode(mode: u32) -> &'static str {
+    match mode {
+        MODE_ENFORCE => "enforce",
+        MODE_OBSERVE => "observe",
+        _ => "unknown",
+    }
+}
+
+/// What a state means for requests.
+fn meaning(state: &str) -> &'static str {
+    match state {
+        "enforcing" => "requests without a valid token are refused",
+        "observing" => "NOTHING IS REFUSED; what would be is counted",
+        "draining" => "new connections are NOT guarded",
+        "detached" => "new connections are NOT guarded; `enforcer unload` removes the rest",
+        "no-policy" => "nothing is allowed: no policy was loaded",
+        _ => "the servers are NOT guarded",
+    }
+}
+
+impl Render for Status {
+    fn text(&self) -> String {
+        let mut rows = vec![("state", format!("{} ({})", self.state, meaning(self.state)))];
+        rows.push(("daemon", self.daemon.text()));
+        if let Some(policy) = &self.daemon.policy {
+            rows.push(("policy", policy.display().to_string()));
+        }
+        if let Some(loaded) = &self.loaded {
+            rows.extend([
+                ("mode", loaded.mode.to_owned()),
+                ("loaded", format!("{} ago", duration(loaded.age_ms))),
+                ("generation", loaded.generation.to_string()),
+                ("abi version", loaded.abi_version.to_string()),
+                ("flows", loaded.flows.text()),
+                ("verdicts", loaded.verdicts.text()),
+                ("grants", loaded.grants.text()),
+            ]);
+        }
+        let link = if self.link_pinned { "attached" } else { "not attached" };
+        rows.push(("pins", format!("{} ({link})", self.pin_directory.display())));
+        pairs(rows)
+    }
+}
+
+impl Daemon {
+    fn text(&self) -> String {
+        let pid = self.pid.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
+        let (Some(age), Some(limit)) = (self.heartbeat_age_ms, self.heartbeat_limit_ms) else {
+            let starting = format!("starting or ending (pid {pid})");
+            return if self.lock_held == Some(true) { starting } else { "none".to_owned() };
+        };
+        let (age, limit) = (duration(age), duration(limit));
+        match (self.alive, self.lock_held) {
+            (true, _) => format!("alive (pid {pid}), last sign of life {age} ago (limit {limit})"),
+            (false, Some(true)) => {
+                format!(
+                    "HANGS (pid {pid}): last sign of life {age} ago (limit {limit}); unknown requests get 503"
+                )
+            }
+            (false, _) if self.heartbeat_fresh => {
+                format!("none; it ended less than {limit} ago; after that unknown requests get 503")
+            }
+            (false, _) => format!("none; the last sign of life was {age} ago; unknown requests get 503"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{NOW_NS, config};
+    use super::*;
+    use crate::lifecycle::lock::LockRecord;
+
+    const USED: Used = Used { flows: 3, verdicts: 2, grants: 1 };
+
+    fn place(link_pinned: bool) -> Place {
+        Place { pin_directory: "/sys/fs/bpf/enforcer".into(), link_pinned }
+    }
+
+    fn lock(held: bool) -> Option<LockState> {
+        let record = LockRecord { pid: 42, policy: Some("/etc/enforcer/policy.yaml".into()) };
+        Some(LockState { held, record: Some(record) })
+    }
+
+    #[test]
+    fn an_enforcing_status_shows_everything() {
+        let status = Status::of(place(true), lock(true), &config(), &USED, NOW_NS);
+        assert_eq!(
+            status.text(),
+            "state        enforcing (requests without a valid token are refused)\n\
+             daemon       alive (pid 42), last sign of life 400ms ago (limit 5s)\n\
+             policy       /etc/enforcer/policy.yaml\n\
+             mode         enforce\n\
+             loaded       1m30s ago\n\
+             generation   1\n\
+             abi version  1\n\
+             flows        3 of 65536\n\
+             verdicts     2 of 65536\n\
+             grants       1 of 65536\n\
+             pins         /sys/fs/bpf/enforcer (attached)\n"
+        );
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json["enforcing"], true);
+        assert_eq!(json["daemon"]["heartbeat_age_ms"], 400);
+        assert_eq!(json["loaded"]["flows"]["capacity"], 65_536);
+    }
+
+    #[test]
+    fn every_state_but_enforcing_says_so() {
+        let state = |linked, config: Config| {
+            let status = Status::of(place(linked), lock(true), &config, &USED, NOW_NS);
+            assert_eq!(status.enforcing, status.state == "enforcing");
+            status.state
+        };
+        assert_eq!(state(true, config()), "enforcing");
+        assert_eq!(state(false, config()), "detached");
+        assert_eq!(state(true, Config { draining: 1, ..config() }), "draining");
+        assert_eq!(state(true, Config { abi_version: 0, ..config() }), "no-policy");
+        assert_eq!(state(true, Config { mode: MODE_OBSERVE, ..config() }), "observing");
+        let none = Status::not_loaded(place(false), None);
+        assert!(none.text().starts_with("state   not-loaded (the servers are NOT guarded)\ndaemon  none\n"));
+        assert!(Status::not_loaded(place(false), lock(true)).text().contains("starting or ending (pid 42)"));
+    }
+
+    #[test]
+    fn a_daemon_lives_only_with_lock_and_heartbeat() {
+        let daemon = |lock, config: Config| Status::of(place(true), lock, &config, &USED, NOW_NS).daemon;
+        let old = Config { heartbeat_ns: NOW_NS - 5_000_000_000, ..config() };
+        assert!(daemon(lock(true), config()).alive);
+        assert!(daemon(None, config()).alive);
+        assert!(!daemon(lock(false), config()).alive);
+        assert!(daemon(lock(false), config()).text().starts_with("none; it ended less than 5s ago"));
+        assert!(daemon(lock(true), old).text().starts_with("HANGS (pid 42)"));
+        assert!(daemon(lock(false), old).text().starts_with("none"));
+    }
+}

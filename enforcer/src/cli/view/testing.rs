@@ -1,0 +1,104 @@
+//! Map values for tests.
+
+use enforcer_common::abi::{
+    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, Flow, Grant, GrantLabel, MODE_ENFORCE,
+    ServerLabel, VERDICT_ALLOW, Verdict, text,
+};
+use enforcer_common::flow::{Ctl, State};
+
+pub(super) const NOW_NS: u64 = 100_000_000_000;
+
+pub(super) fn config() -> Config {
+    Config {
+        abi_version: ABI_VERSION,
+        mode: MODE_ENFORCE,
+        generation: 1,
+        heartbeat_ns: NOW_NS - 400_000_000,
+        heartbeat_limit_ns: 5_000_000_000,
+        loaded_ns: NOW_NS - 90_000_000_000,
+        daemon_pid: 42,
+        draining: 0,
+    }
+}
+
+pub(super) fn v4(ip: [u8; 4], port: u16) -> EndpointKey {
+    let mut addr = [0; 16];
+    addr[..4].copy_from_slice(&ip);
+    EndpointKey { addr, port, family: FAMILY_V4, zero: 0 }
+}
+
+pub(super) fn v6(groups: [u16; 8], port: u16) -> EndpointKey {
+    EndpointKey { addr: std::net::Ipv6Addr::from(groups).octets(), port, family: FAMILY_V6, zero: 0 }
+}
+
+pub(super) fn endpoint(key: EndpointKey, endpoint_id: u32) -> (EndpointKey, Endpoint) {
+    (key, Endpoint { endpoint_id, unavailable_reply_id: 0 })
+}
+
+pub(super) fn flow(endpoint_id: u32) -> Flow {
+    Flow {
+        ctl: Ctl::new(State::Head, 0, 0).0,
+        remaining_bytes: 0,
+        chunked: 0,
+        netns_cookie: 1,
+        opened_ns: 0,
+        last_request_ns: 0,
+        caller_cgroup_id: 0,
+        requests: 0,
+        allowed: 0,
+        refused: 0,
+        punts: 0,
+        punted_bytes: 0,
+        local: v4([127, 0, 0, 1], 80),
+        peer: v4([192, 0, 2, 7], 5555),
+        endpoint_id,
+        unavailable_reply_id: 0,
+        flags: 0,
+        write_seq_mark: 0,
+        last_grant: 0,
+        caller_uid: u32::MAX,
+    }
+}
+
+pub(super) fn grant(serial: u64) -> Grant {
+    Grant {
+        serial,
+        deadline_ns: NOW_NS + 60_000_000_000,
+        generation: 1,
+        workload_id: 0,
+        principal_id: 1,
+        granted_ns: NOW_NS - 1_000_000_000,
+        expires_at_unix_secs: 1_800_000_000,
+        requests: 0,
+        fingerprint: [0xab; 16],
+        buckets: [0; 8],
+        server_id: 0,
+        revoked: 0,
+    }
+}
+
+pub(super) fn label(serial: u64, subject: &str, client_id: &str) -> GrantLabel {
+    GrantLabel { serial, issuer: text("corp"), subject: text(subject), client_id: text(client_id) }
+}
+
+/// An allow by the grant in slot 4.
+pub(super) fn verdict(grant_serial: u64) -> Verdict {
+    Verdict {
+        kind: VERDICT_ALLOW,
+        index: 4,
+        grant_serial,
+        generation: 1,
+        deadline_ns: NOW_NS + 60_000_000_000,
+        server_id: 0,
+        head_bytes: 900,
+    }
+}
+
+pub(super) fn server(name: &str, listen: &str) -> ServerLabel {
+    ServerLabel {
+        name: text(name),
+        resource: text("https://example.com/mcp"),
+        path: text("/mcp"),
+        listen: text(listen),
+    }
+}

@@ -1,0 +1,55 @@
+//! What several end-to-end tests share.
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use std::time::Duration;
+
+use anyhow::Result;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use enforcer_tests::enforcement::Guarded;
+use enforcer_tests::issuer::Issuer;
+use enforcer_tests::raw::Response;
+use ring::hmac;
+use serde_json::json;
+
+/// No test takes longer, on the slowest machine.
+pub(crate) const LIMIT: Duration = Duration::from_secs(180);
+/// For one step.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Checks what holds for every refusal, also for one that the kernel stretched to its request's length.
+pub(crate) fn assert_refusal(response: &Response, status: u16, challenge: Option<&str>) {
+    assert_eq!(response.status, status, "{response:?}");
+    assert_eq!(response.header("www-authenticate"), challenge);
+    assert_eq!(response.header("content-type"), Some("application/json"));
+    assert_eq!(response.header("cache-control"), Some("no-store"));
+    let length = response.header("content-length").and_then(|value| value.parse().ok());
+    assert_eq!(length, Some(response.body.len()));
+    let body = response.json().expect("a JSON body");
+    assert_eq!(body.pointer("/jsonrpc"), Some(&json!("2.0")));
+    assert_eq!(body.pointer("/id"), Some(&json!(null)));
+    assert_eq!(body.pointer("/error/code"), Some(&json!(status)));
+    assert!(body.pointer("/error/message").is_some_and(serde_json::Value::is_string));
+}
+
+/// After refusals alone: the server has read nothing. It is there, though, and a good request reaches it as it was sent.
+pub(crate) fn refused_unread(guarded: &Guarded, scopes: &str) -> Result<()> {
+    assert_eq!(guarded.bytes_read()?, 0, "the server read of what was refused");
+    let token = guarded.mint().scope(scopes).sign()?;
+    let request = guarded.call(Some(&token)).build();
+    let mut connection = guarded.connect()?;
+    assert_eq!(connection.roundtrip(&request)?.status, 200);
+    assert_eq!(guarded.read_by_server(connection.local_addr()?)?, request);
+    assert_eq!(guarded.bytes_read()?, request.len() as u64);
+    Ok(())
+}
+
+/// A token that is authenticated with the issuer's public key as the secret of HS256.
+pub(crate) fn hs256(issuer: &Issuer, audience: &str) -> Result<String> {
+    let key = issuer.current_key();
+    let token = issuer.mint().audience(audience).alg_header("HS256").unsigned().sign()?;
+    let signed = token.trim_end_matches('.');
+    let secret = hmac::Key::new(hmac::HMAC_SHA256, &serde_json::to_vec(&key.jwk())?);
+    let tag = hmac::sign(&secret, signed.as_bytes());
+    Ok(format!("{signed}.{}", URL_SAFE_NO_PAD.encode(tag.as_ref())))
+}
