@@ -3,16 +3,20 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | [`enforcement`] | a running daemon over a cgroup of its own |
 //! | [`guard`] | cgroups, network namespaces, child processes, time limits |
 //! | [`issuer`] | signing keys, tokens with any defect, JWKS and metadata over loopback HTTP |
 //! | [`raw`] | an HTTP/1.1 client that sends exactly the bytes it is given, in any segmentation |
 //! | [`recorder`] | a server that records what it read |
 //! | [`bench_server`] | the light epoll server behind the benchmark |
+//! | [`bench`] | the benchmark's measures and figures |
 //! | [`load`] | the closed-loop load generator and its CPU accounting |
 //! | [`peers`] | HTTP servers of other makers: Python, Node, axum |
 //! | [`mcp`] | an MCP server and client on the official SDK |
 
+pub mod bench;
 pub mod bench_server;
+pub mod enforcement;
 pub mod guard;
 pub mod issuer;
 pub mod load;
