@@ -72,6 +72,13 @@ impl Bed {
         }
     }
 
+    pub(super) fn server_pid(&self, side: Side) -> u32 {
+        match side {
+            Side::Direct => self.direct.process.pid(),
+            Side::Enforced => self.enforced.process.pid(),
+        }
+    }
+
     pub(super) fn server_pids(&self) -> [u32; 2] {
         [self.direct.process.pid(), self.enforced.process.pid()]
     }
@@ -133,4 +140,18 @@ impl Server {
 fn token(issuer: &Issuer, number: usize) -> Result<String> {
     let mint = issuer.mint().audience(RESOURCE).scope("mcp:tools");
     mint.subject(&format!("user-{number}")).expires_in(TOKEN_LIFETIME_S).sign()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refused_request_is_a_realistic_one() {
+        let issuer = Issuer::new("https://es256.example.com", Alg::Es256).unwrap();
+        let with = typical_request("127.0.0.1:40000", MCP_PATH, Some(&token(&issuer, 0).unwrap()));
+        let without = typical_request("127.0.0.1:40000", MCP_PATH, None);
+        assert!((650..750).contains(&without.len()), "{} bytes", without.len());
+        assert!((1000..1150).contains(&with.len()), "{} bytes", with.len());
+    }
 }

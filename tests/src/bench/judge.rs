@@ -36,7 +36,7 @@ pub struct JudgeRun {
 pub(super) fn measure(bed: &mut Bed, pinning: &Pinning, run_ms: u64) -> Result<Vec<JudgeRun>> {
     let program = open_pinned(&bed.enforcement().pins().join("prog_judge"))?;
     let _counting = enable_stats()?;
-    [(CONNECTIONS, Place::Anywhere), (1, Place::Together)]
+    [(CONNECTIONS, Place::Apart), (1, Place::Together)]
         .into_iter()
         .map(|(connections, place)| {
             pinning.apply(place, &bed.server_pids())?;

@@ -28,6 +28,7 @@ pub struct TokenRound {
 struct Load {
     requests: Vec<Vec<u8>>,
     connections: usize,
+    threads: usize,
     status: u16,
 }
 
@@ -36,9 +37,9 @@ pub(super) fn warm_up(bed: &mut Bed) -> Result<()> {
     for side in [Side::Direct, Side::Enforced] {
         let requests = bed.calls(side, usize::MAX);
         let stop = Stop::Requests(requests.len() as u64);
-        once(bed, side, &Load { requests, connections: 1, status: OK }, stop)?;
+        once(bed, side, &Load { requests, connections: 1, threads: 1, status: OK }, stop)?;
         let status = refusal_status(side);
-        let load = Load { requests: vec![bed.call(side, None)], connections: 1, status };
+        let load = Load { requests: vec![bed.call(side, None)], connections: 1, threads: 1, status };
         once(bed, side, &load, Stop::Requests(100))?;
     }
     Ok(())
@@ -47,20 +48,21 @@ pub(super) fn warm_up(bed: &mut Bed) -> Result<()> {
 /// One token on one connection; client and server share a CPU.
 pub(super) fn one_connection(bed: &mut Bed, pinning: &Pinning, plan: Plan) -> Result<Vec<Pair<LoadReport>>> {
     pinning.apply(Place::Together, &bed.server_pids())?;
-    let loads =
-        Pair::measure(false, |side| Ok(Load { requests: bed.calls(side, 1), connections: 1, status: OK }))?;
+    let loads = Pair::measure(false, |side| {
+        Ok(Load { requests: bed.calls(side, 1), connections: 1, threads: 1, status: OK })
+    })?;
     let punts = bed.counters()?.punts();
     let pairs = pairs(bed, &loads, plan.one_connection_pairs, plan.run_ms)?;
     no_more_punts(bed, punts)?;
     Ok(pairs)
 }
 
-/// One token and many on 64 connections.
+/// One token and many on 64 connections; client and server have a CPU each.
 pub(super) fn tokens(bed: &mut Bed, pinning: &Pinning, plan: Plan) -> Result<Vec<TokenRound>> {
-    pinning.apply(Place::Anywhere, &bed.server_pids())?;
+    pinning.apply(Place::Apart, &bed.server_pids())?;
     let loads = |count| {
         Pair::measure(false, |side| {
-            Ok(Load { requests: bed.calls(side, count), connections: CONNECTIONS, status: OK })
+            Ok(Load { requests: bed.calls(side, count), connections: CONNECTIONS, threads: 1, status: OK })
         })
     };
     let (one, many) = (loads(1)?, loads(usize::MAX)?);
@@ -85,19 +87,20 @@ pub(super) fn tokens(bed: &mut Bed, pinning: &Pinning, plan: Plan) -> Result<Vec
     Ok(rounds)
 }
 
-/// Requests without a token on 64 connections: refused on one side, served on the other.
+/// Requests without a token on 64 connections: refused on one side, served on the other. The kernel refuses on the CPU
+/// that sends, so two client threads send, and nobody is pinned: one thread alone would leave a CPU idle on one side.
 pub(super) fn refusals(bed: &mut Bed, pinning: &Pinning, plan: Plan) -> Result<Vec<Pair<LoadReport>>> {
     pinning.apply(Place::Anywhere, &bed.server_pids())?;
     let loads = Pair::measure(false, |side| {
         let requests = vec![bed.call(side, None)];
-        Ok(Load { requests, connections: CONNECTIONS, status: refusal_status(side) })
+        Ok(Load { requests, connections: CONNECTIONS, threads: 2, status: refusal_status(side) })
     })?;
     pairs(bed, &loads, plan.refusal_pairs, plan.run_ms)
 }
 
 /// A load of tool calls with one token on the guarded server.
 pub(super) fn enforced_calls(bed: &mut Bed, connections: usize, run_ms: u64) -> Result<LoadReport> {
-    let load = Load { requests: bed.calls(Side::Enforced, 1), connections, status: OK };
+    let load = Load { requests: bed.calls(Side::Enforced, 1), connections, threads: 1, status: OK };
     once(bed, Side::Enforced, &load, Stop::After(Duration::from_millis(run_ms)))
 }
 
@@ -127,9 +130,8 @@ fn pairs(bed: &mut Bed, loads: &Pair<Load>, count: usize, run_ms: u64) -> Result
 fn once(bed: &mut Bed, side: Side, load: &Load, stop: Stop) -> Result<LoadReport> {
     interrupt::check()?;
     let mut config = LoadConfig::new(bed.addr(side), load.connections, load.requests.clone(), stop);
-    config.threads = load.connections.min(2);
-    // Its CPU time tells whether the daemon had a part in a run.
-    config.watched_pids = vec![bed.daemon_pid()?];
+    config.threads = load.threads;
+    config.watched_pids = vec![bed.server_pid(side), bed.daemon_pid()?];
     let report = run(&config).with_context(|| format!("load on the {side:?} server"));
     interrupt::check()?;
     let report = report?;
