@@ -267,7 +267,11 @@ mod tests {
     fn samples() -> Samples {
         let runs = |ratio: f64| pair(run(1000.0, 10.0), run(1000.0 * ratio, 11.0));
         let round = TokenRound { one_token: runs(0.9), many_tokens: runs(0.81) };
-        let first_seen = |direct, enforced| FirstSeen { latency_us: vec![pair(direct, enforced)], punts: 1 };
+        let first_seen = |direct, enforced| FirstSeen {
+            latency_us: vec![pair(direct, enforced)],
+            daemon_allowed: 1,
+            continued: 0,
+        };
         let judge = |connections, ns_per_call| JudgeRun { connections, requests: 1, calls: 1, ns_per_call };
         Samples {
             // The pair's ratios are 0.5, 0.95 and 2: a median of ratios, not a ratio of medians.

@@ -20,8 +20,10 @@ const WARM_UP_PAIRS: usize = 20;
 pub struct FirstSeen {
     /// Microseconds from the request's first byte to the answer's last.
     pub latency_us: Vec<Pair<f64>>,
-    /// Requests that the daemon was handed meanwhile: all on the enforced side.
-    pub punts: u64,
+    /// Requests that the daemon judged and let pass meanwhile: all on the enforced side.
+    pub daemon_allowed: u64,
+    /// Those of them that came in while the daemon still held the flow for the one before. Their latency has the wait in it.
+    pub continued: u64,
 }
 
 pub(super) fn measure(bed: &mut Bed, pinning: &Pinning, alg: Alg, pairs: usize) -> Result<FirstSeen> {
@@ -35,7 +37,7 @@ pub(super) fn measure(bed: &mut Bed, pinning: &Pinning, alg: Alg, pairs: usize) 
     let [direct_calls, enforced_calls] = &calls;
     let mut direct = Connection::open(bed.addr(Side::Direct), TIMEOUT)?;
     let mut enforced = Connection::open(bed.addr(Side::Enforced), TIMEOUT)?;
-    let before = bed.counters()?.punts();
+    let before = bed.counters()?;
     let mut latency_us = Vec::with_capacity(total);
     for (number, (direct_call, enforced_call)) in direct_calls.iter().zip(enforced_calls).enumerate() {
         interrupt::check()?;
@@ -44,10 +46,15 @@ pub(super) fn measure(bed: &mut Bed, pinning: &Pinning, alg: Alg, pairs: usize) 
             Side::Enforced => timed(&mut enforced, enforced_call),
         })?);
     }
-    let punts = bed.counters()?.punts().saturating_sub(before);
-    ensure!(punts >= total as u64, "{total} tokens were new, but the daemon was asked {punts} times");
+    let after = bed.counters()?;
+    let daemon_allowed = after.daemon("allowed").saturating_sub(before.daemon("allowed"));
+    ensure!(
+        daemon_allowed == total as u64,
+        "{total} tokens were new, but the daemon let {daemon_allowed} pass"
+    );
+    let continued = after.kernel("punt-continued").saturating_sub(before.kernel("punt-continued"));
     latency_us.drain(..WARM_UP_PAIRS);
-    Ok(FirstSeen { latency_us, punts })
+    Ok(FirstSeen { latency_us, daemon_allowed, continued })
 }
 
 fn timed(connection: &mut Connection, request: &[u8]) -> Result<f64> {

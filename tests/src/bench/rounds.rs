@@ -51,7 +51,7 @@ pub(super) fn one_connection(bed: &mut Bed, pinning: &Pinning, plan: Plan) -> Re
     let loads = Pair::measure(false, |side| {
         Ok(Load { requests: bed.calls(side, 1), connections: 1, threads: 1, status: OK })
     })?;
-    let punts = bed.counters()?.punts();
+    let punts = handed_over(bed)?;
     let pairs = pairs(bed, &loads, plan.one_connection_pairs, plan.run_ms)?;
     no_more_punts(bed, punts)?;
     Ok(pairs)
@@ -67,7 +67,7 @@ pub(super) fn tokens(bed: &mut Bed, pinning: &Pinning, plan: Plan) -> Result<Vec
     };
     let (one, many) = (loads(1)?, loads(usize::MAX)?);
     let stop = Stop::After(Duration::from_millis(plan.run_ms));
-    let punts = bed.counters()?.punts();
+    let punts = handed_over(bed)?;
     let rounds = (0..plan.token_rounds)
         .map(|round| {
             // Over four rounds each of the four runs comes first and last equally often.
@@ -150,9 +150,15 @@ fn once(bed: &mut Bed, side: Side, load: &Load, stop: Stop) -> Result<LoadReport
     Ok(report)
 }
 
+/// What the daemon was handed so far: requests, and further bytes of a flow that it holds.
+fn handed_over(bed: &Bed) -> Result<u64> {
+    let counters = bed.counters()?;
+    Ok(counters.punts() + counters.kernel("punt-continued"))
+}
+
 /// Requests with known heads are the kernel's alone; a run in which they were not would measure something else.
 fn no_more_punts(bed: &Bed, before: u64) -> Result<()> {
-    let punts = bed.counters()?.punts().saturating_sub(before);
+    let punts = handed_over(bed)?.saturating_sub(before);
     ensure!(punts == 0, "{punts} requests with a known head went to the daemon");
     Ok(())
 }
