@@ -3,13 +3,13 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`enforcement`] | a running daemon over a cgroup of its own |
 //! | [`guard`] | cgroups, network namespaces, child processes, time limits |
+//! | [`enforcement`] | a daemon over a cgroup of its own, with policy, issuer and server |
 //! | [`issuer`] | signing keys, tokens with any defect, JWKS and metadata over loopback HTTP |
 //! | [`raw`] | an HTTP/1.1 client that sends exactly the bytes it is given, in any segmentation |
 //! | [`recorder`] | a server that records what it read |
 //! | [`bench_server`] | the light epoll server behind the benchmark |
-//! | [`bench`] | the benchmark's measures and figures |
+//! | [`mod@bench`] | the benchmark's measures and figures |
 //! | [`load`] | the closed-loop load generator and its CPU accounting |
 //! | [`peers`] | HTTP servers of other makers: Python, Node, axum |
 //! | [`mcp`] | an MCP server and client on the official SDK |

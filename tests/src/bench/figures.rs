@@ -98,7 +98,7 @@ pub fn figures(samples: &Samples) -> Result<Vec<Figure>> {
         added("cpu_added_us_64", "CPU per request, 64 connections", one_token.clone(), cpu, at_most(1.5))?,
         added(
             "cpu_parties_added_us_64",
-            "of client, server and daemon alone",
+            "CPU of client, server and daemon alone",
             one_token.clone(),
             parties,
             None,
