@@ -81,7 +81,7 @@ impl HeadBuf {
     fn set_word(&mut self, offset: u32, value: u64) {
         // SAFETY: as in `word`.
         unsafe {
-            self.bytes.as_mut_ptr().add((offset & OFFSET_MASK & !7) as usize).cast::<u64>().write(value)
+            self.bytes.as_mut_ptr().add((offset & OFFSET_MASK & !7) as usize).cast::<u64>().write(value);
         };
     }
 
@@ -110,7 +110,7 @@ impl HeadBuf {
     fn set_line(&mut self, index: u32, value: u32) {
         // SAFETY: as in `line`; the value is an offset below `HEAD_MAX_BYTES`.
         unsafe {
-            *self.lines.as_mut_ptr().add((index & (HEAD_MAX_LINES as u32 - 1)) as usize) = value as u16
+            *self.lines.as_mut_ptr().add((index & (HEAD_MAX_LINES as u32 - 1)) as usize) = value as u16;
         };
     }
 }

@@ -78,10 +78,11 @@ pub(super) struct Command {
 }
 
 /// What `enforcer run` was asked to do.
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct RunArgs {
-    options: RunOptions,
-    log_format: LogFormat,
-    log_level: LogLevel,
+    pub(super) options: RunOptions,
+    pub(super) log_format: LogFormat,
+    pub(super) log_level: LogLevel,
 }
 
 impl Command {

@@ -19,7 +19,8 @@ fn the_command_line_is_well_formed() {
 fn every_command_has_help_and_the_top_one_lists_the_exit_codes() {
     let mut command = Cli::command();
     let help = command.render_long_help().to_string();
-    for code in [OK, FAILURE, USAGE, exit::NOT_LOADED, exit::REJECTED, exit::NOT_PERMITTED, exit::BUSY] {
+    for code in [OK, exit::FAILURE, USAGE, exit::NOT_LOADED, exit::REJECTED, exit::NOT_PERMITTED, exit::BUSY]
+    {
         assert!(help.contains(&format!("\n  {code}  ")), "{code} is not in the help");
     }
     for sub in command.get_subcommands() {
@@ -66,14 +67,16 @@ fn run_takes_its_options_and_the_global_ones() {
     let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
     let Command::Run(command) = cli.command else { panic!("not run") };
     let expected = run::RunArgs {
-        policy: "p.yaml".into(),
-        cgroup: Some("/c".into()),
-        bpffs: "/b".into(),
-        pin_name: "two".into(),
+        options: crate::daemon::RunOptions {
+            policy: "p.yaml".into(),
+            cgroup: Some("/c".into()),
+            bpffs: "/b".into(),
+            pin_name: "two".into(),
+            keep: true,
+            drain_timeout: std::time::Duration::from_secs(3),
+        },
         log_format: run::LogFormat::Json,
         log_level: run::LogLevel::Debug,
-        keep: true,
-        drain_timeout: std::time::Duration::from_secs(3),
     };
     assert_eq!(command.into_args(&cli.global), expected);
 }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use enforcer_common::abi::{EndpointKey, Ends, FAMILY_V4, Grant, GrantLabel, HeadDigest, Reply, Verdict};
+use enforcer_common::abi::{
+    EndpointKey, Ends, FAMILY_V4, Grant, GrantLabel, HeadDigest, InjectHeader, Reply, Verdict,
+};
 use enforcer_common::flow::Ctl;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tracing::{error, warn};
@@ -82,16 +84,17 @@ impl Datapath for Kernel {
     }
 
     fn hand_back(&mut self, cookie: u64, expected: Ctl, to: HandBack) -> Result<(), KernelError> {
-        let HandBack { ctl, remaining_bytes, chunked, last_grant, write_seq_mark } = to;
-        Ok(self.injectors.hand_back(
+        Ok(self.injectors.hand_back(InjectHeader {
             cookie,
-            expected,
-            ctl,
-            remaining_bytes,
-            chunked,
-            last_grant,
-            write_seq_mark,
-        )?)
+            expected_ctl: expected.0,
+            new_ctl: to.ctl.0,
+            remaining_bytes: to.remaining_bytes,
+            chunked: to.chunked,
+            kind: 0,
+            last_grant: to.last_grant,
+            write_seq_mark: to.write_seq_mark,
+            zero: 0,
+        })?)
     }
 
     fn destroy(&mut self, cookie: u64, netns_cookie: u64, after_ns: u64) {

@@ -33,7 +33,7 @@ const KEYS_TIMEOUT: Duration = Duration::from_secs(10);
 const BATCH: usize = 512;
 
 /// How the daemon is to run.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunOptions {
     /// The policy file.
     pub policy: PathBuf,

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, RingBuf};
 use enforcer_common::abi::{
-    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, Grant, MODE_ENFORCE, PUNT_DATA, PuntHeader,
-    REPLY_MAX_BYTES, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
+    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, Grant, InjectHeader, MODE_ENFORCE, PUNT_DATA,
+    PuntHeader, REPLY_MAX_BYTES, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
 };
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use enforcer_common::flow::{Ctl, State};
@@ -280,7 +280,20 @@ impl Bench {
                 let punted = Ctl::new(State::Punted, epoch, u64::from(len_bytes));
                 self.injectors.to_server(0, cookie, punted, bytes).map_err(setup)?;
                 let head = Ctl::new(State::Head, epoch, 0);
-                return self.injectors.hand_back(cookie, punted, head, 0, 0, 0, write_seq).map_err(setup);
+                return self
+                    .injectors
+                    .hand_back(InjectHeader {
+                        cookie,
+                        expected_ctl: punted.0,
+                        new_ctl: head.0,
+                        remaining_bytes: 0,
+                        chunked: 0,
+                        kind: 0,
+                        last_grant: 0,
+                        write_seq_mark: write_seq,
+                        zero: 0,
+                    })
+                    .map_err(setup);
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -134,32 +134,13 @@ impl Injectors {
         SERVER_PAIRS + (cookie % u64::from(MAX_INJECTORS - SERVER_PAIRS)) as u32
     }
 
-    /// Gives a flow back to the kernel, if `expected` still is its control word. It goes through the pair that answers use:
+    /// Gives a flow back to the kernel, if its control word still is the expected one. It goes through the pair that answers use:
     /// by the time it is sent, everything sent before on any pair is queued at its socket.
     ///
     /// # Errors
     /// See [`InjectError`].
-    pub fn hand_back(
-        &self,
-        cookie: u64,
-        expected: Ctl,
-        new: Ctl,
-        remaining_bytes: u64,
-        chunked: u64,
-        last_grant: u32,
-        write_seq_mark: u32,
-    ) -> Result<(), InjectError> {
-        let header = InjectHeader {
-            cookie,
-            expected_ctl: expected.0,
-            new_ctl: new.0,
-            remaining_bytes,
-            chunked,
-            kind: INJECT_HAND_BACK,
-            last_grant,
-            write_seq_mark,
-            zero: 0,
-        };
-        self.send(self.client_pair(cookie), &header, &[])
+    pub fn hand_back(&self, header: InjectHeader) -> Result<(), InjectError> {
+        let header = InjectHeader { kind: INJECT_HAND_BACK, ..header };
+        self.send(self.client_pair(header.cookie), &header, &[])
     }
 }

@@ -105,7 +105,7 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
         .override_global("SOCKET_FILE_OFFSET", &offsets.file, true)
         .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true);
     for name in MAPS {
-        loader.map_pin_path(*name, pins.pin(name));
+        loader.map_pin_path(name, pins.pin(name));
     }
     let mut ebpf = loader.load(EBPF_OBJECT)?;
 

@@ -57,6 +57,8 @@ pub(super) fn flow(endpoint_id: u32) -> Flow {
         write_seq_mark: 0,
         last_grant: 0,
         caller_uid: u32::MAX,
+        interface: 0,
+        swallowed_bytes: 0,
     }
 }
 
