@@ -263,7 +263,7 @@ fn other_versions_protocols_and_targets_are_refused() -> Result<()> {
             ("a leading space", line(" POST /mcp HTTP/1.1"), Closed),
             ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), Status(505)),
             ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n".to_vec(), Closed),
-            ("SSH", b"SSH-2.0-OpenSSH_9.9\r\n\r\n".to_vec(), Status(400)),
+            ("SSH", b"SSH-2.0-OpenSSH_9.9\r\n\r\n".to_vec(), Closed),
             ("h2c", with("Upgrade", "h2c")?, Status(501)),
             ("websocket", with("Upgrade", "websocket")?, Status(501)),
             ("connection upgrade", with("Connection", "Upgrade")?, Status(501)),

@@ -300,12 +300,16 @@ fn a_daemon_killed_at_any_moment_of_its_start_leaves_nothing_that_stays() -> Res
     assert!(guarded.enforcement.stop()?.success());
     assert_nothing_is_left(&guarded)?;
     // Nor does anything of the self-tests stay that were cut short.
-    for directory in [PathBuf::from("/sys/fs/bpf"), Cgroup::mount_point()?] {
-        for pid in &killed {
-            let left = directory.join(format!("enforcer-selftest-{pid}"));
-            ensure!(!left.exists(), "{} stays behind", left.display());
-        }
+    let left: Vec<PathBuf> = [PathBuf::from("/sys/fs/bpf"), Cgroup::mount_point()?]
+        .iter()
+        .flat_map(|directory| killed.iter().map(|pid| directory.join(format!("enforcer-selftest-{pid}"))))
+        .filter(|path| path.exists())
+        .collect();
+    for path in &left {
+        // On a bpffs the pins are files; in a cgroup directory only the directory itself can be removed.
+        drop(fs::remove_dir(path).or_else(|_| fs::remove_dir_all(path)));
     }
+    ensure!(left.is_empty(), "{left:?} stayed behind");
     Ok(())
 }
 
