@@ -12,11 +12,10 @@ use enforcer_tests::guard::{Deadline, Finished, run, wait_until};
 use enforcer_tests::issuer::Mint;
 use serde_json::{Value, json};
 
-use common::{LIMIT, TIMEOUT};
+use common::{LIMIT, NOT_LOADED, TIMEOUT};
 
 const OK: i32 = 0;
 const USAGE: i32 = 2;
-const NOT_LOADED: i32 = 3;
 const REJECTED: i32 = 4;
 const BUSY: i32 = 6;
 
