@@ -86,7 +86,7 @@ impl Digest {
     /// Absorbs length and endpoint.
     #[inline(always)]
     pub fn finish(&self, key: &DigestKey, endpoint_id: u32) -> HeadDigest {
-        let word = self.head_bytes as u64 | (endpoint_id as u64) << 32;
+        let word = u64::from(self.head_bytes) | u64::from(endpoint_id) << 32;
         HeadDigest {
             lo: self.lo.wrapping_add(term(word, key.words[FINAL])),
             hi: self.hi.wrapping_add(term(word, key.words[FINAL + SHIFT])),

@@ -67,7 +67,7 @@ impl HeadBuf {
     #[inline(always)]
     fn set_byte(&mut self, offset: u32, value: u8) {
         // SAFETY: as in `byte`.
-        unsafe { *self.bytes.as_mut_ptr().add((offset & OFFSET_MASK) as usize) = value }
+        unsafe { *self.bytes.as_mut_ptr().add((offset & OFFSET_MASK) as usize) = value };
     }
 
     /// The word at an offset that is a multiple of 8.
@@ -82,7 +82,7 @@ impl HeadBuf {
         // SAFETY: as in `word`.
         unsafe {
             self.bytes.as_mut_ptr().add((offset & OFFSET_MASK & !7) as usize).cast::<u64>().write(value)
-        }
+        };
     }
 
     /// Eight bytes from any offset, in lower case (which maps some other bytes onto each other: compare only with letters,
@@ -109,7 +109,9 @@ impl HeadBuf {
     #[inline(always)]
     fn set_line(&mut self, index: u32, value: u32) {
         // SAFETY: as in `line`; the value is an offset below `HEAD_MAX_BYTES`.
-        unsafe { *self.lines.as_mut_ptr().add((index & (HEAD_MAX_LINES as u32 - 1)) as usize) = value as u16 }
+        unsafe {
+            *self.lines.as_mut_ptr().add((index & (HEAD_MAX_LINES as u32 - 1)) as usize) = value as u16
+        };
     }
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::SkBuffContext;
 use core::ffi::c_void;
-use enforcer_common::abi::{Config, Counter};
+use enforcer_common::abi::{Config, Counter, Flow};
 use enforcer_common::flow::Ctl;
 
 use crate::maps::{CONFIG, COUNTERS, SINK};
@@ -157,14 +157,17 @@ fn tcp_sock(skb: *mut __sk_buff) -> Option<*const u8> {
 /// Bytes that the server has not read yet, and the most that may wait. TCP alone keeps them below its receive buffer; bytes that
 /// pass behind injected ones are not charged to it.
 #[inline(always)]
-pub(crate) fn unread_bytes(skb: *mut __sk_buff) -> Option<(u32, u32)> {
+pub(crate) fn unread_bytes(skb: *mut __sk_buff, flow: &Flow) -> Option<(u32, u32)> {
     let tcp = tcp_sock(skb)?;
     // SAFETY: as in `Skb::sequences`.
     unsafe {
         let number =
             |offset: *const u32| tcp.add(offset.read_volatile() as usize).cast::<u32>().read_volatile();
-        let unread =
-            number(&raw const TCP_RCV_NXT_OFFSET).wrapping_sub(number(&raw const TCP_COPIED_SEQ_OFFSET));
+        let unread = number(&raw const TCP_RCV_NXT_OFFSET)
+            .wrapping_sub(number(&raw const TCP_COPIED_SEQ_OFFSET))
+            .wrapping_sub(flow.swallowed_bytes);
+        // A kernel that does count swallowed bytes as read makes the difference negative.
+        let unread = if unread as i32 > 0 { unread } else { 0 };
         Some((unread, number(&raw const RECEIVE_BUFFER_OFFSET).saturating_mul(2)))
     }
 }
@@ -276,7 +279,7 @@ impl Skb<'_> {
     /// blocking (tcp_bpf_recvmsg_parser since 6.4). A redirect that fails consumes the bytes as well, but is an error to the caller,
     /// which then wakes nobody. It also leaves whatever else is queued until the next packet, so it is used only for the last one.
     #[inline(always)]
-    pub(crate) fn swallow(&self) -> u32 {
+    pub(crate) fn swallow(&self, flow: &mut Flow) -> u32 {
         let Some(tcp) = tcp_sock(self.raw()) else { return SK_DROP };
         // SAFETY: as in `sequences`.
         let queued = unsafe {
@@ -288,7 +291,12 @@ impl Skb<'_> {
         }
         // The sink's peer does not read and its queue is broken, so nothing ever leaves it. Without a sink this is SK_DROP.
         // SAFETY: the context and the map are valid.
-        unsafe { bpf_sk_redirect_map(self.raw(), (&raw const SINK).cast_mut().cast(), 0, 0) as u32 }
+        let verdict =
+            unsafe { bpf_sk_redirect_map(self.raw(), (&raw const SINK).cast_mut().cast(), 0, 0) as u32 };
+        if verdict != SK_DROP {
+            flow.swallowed_bytes = flow.swallowed_bytes.wrapping_add(self.len());
+        }
+        verdict
     }
 }
 

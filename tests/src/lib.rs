@@ -9,11 +9,15 @@
 //! | [`raw`] | an HTTP/1.1 client that sends exactly the bytes it is given, in any segmentation |
 //! | [`recorder`] | a server that records what it read |
 //! | [`bench_server`] | the light epoll server behind the benchmark |
+//! | [`mod@bench`] | the benchmark's measures and figures |
 //! | [`load`] | the closed-loop load generator and its CPU accounting |
 //! | [`peers`] | HTTP servers of other makers: Python, Node, axum |
 //! | [`mcp`] | an MCP server and client on the official SDK |
+//! | [`demo`] | the steps of `cargo xtask demo` |
 
+pub mod bench;
 pub mod bench_server;
+pub mod demo;
 pub mod enforcement;
 pub mod guard;
 pub mod issuer;

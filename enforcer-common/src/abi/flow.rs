@@ -57,14 +57,14 @@ pub struct Flow {
     pub caller_uid: u32,
     /// Interface that the server's socket is bound to; 0: none.
     pub interface: u32,
-    /// Zero.
-    pub zero: u32,
+    /// Bytes that were dropped without waking the server; the kernel goes on counting them as unread. Wraps.
+    pub swallowed_bytes: u32,
 }
 assert_layout!(Flow, 168, [
     ctl: u64, remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, last_request_ns: u64,
     caller_cgroup_id: u64, requests: u64, allowed: u64, refused: u64, punts: u64, punted_bytes: u64,
     local: EndpointKey, peer: EndpointKey, endpoint_id: u32, unavailable_reply_id: u32, flags: u32,
-    write_seq_mark: u32, last_grant: u32, caller_uid: u32, interface: u32, zero: u32,
+    write_seq_mark: u32, last_grant: u32, caller_uid: u32, interface: u32, swallowed_bytes: u32,
 ]);
 
 /// Size of `FLOWS`.

@@ -74,7 +74,7 @@ fn guarded(ctx: &SkBuffContext, flow: &Flow) -> Option<Counter> {
         }
     }
     if state == PUNTED || state == BODY || state == CHUNKED {
-        return match unread_bytes(ctx.as_ptr().cast()) {
+        return match unread_bytes(ctx.as_ptr().cast(), flow) {
             Some((unread, limit)) if unread > limit => Some(Counter::GateUnread),
             _ => None,
         };

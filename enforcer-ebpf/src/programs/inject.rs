@@ -52,7 +52,15 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
 
 fn hand_back(header: &InjectHeader) -> u32 {
     let Some(flow) = FLOWS.get_ptr_mut(header.cookie) else { return failed() };
-    // SAFETY: a valid map value. The judge reads these fields only in the states that the exchange below leads to.
+    // SAFETY: a valid map value, of which one word is read.
+    let now = CtlCell::new(unsafe { &raw mut (*flow).ctl }).load();
+    if now != Ctl(header.expected_ctl) || now.state() != State::Punted as u64 {
+        count(Counter::HandBackLate);
+        return SK_DROP;
+    }
+    // The flow is the daemon's, and its datagrams come one after the other: until the exchange below nobody else reads or writes
+    // these fields; at worst the judge adds to the punted bytes meanwhile, and the exchange fails.
+    // SAFETY: a valid map value.
     let ctl = unsafe {
         (&raw mut (*flow).remaining_bytes).write_volatile(header.remaining_bytes);
         (&raw mut (*flow).chunked).write_volatile(header.chunked);

@@ -335,7 +335,7 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
             flow.remaining_bytes = left;
             ctl.store(ctl.load().to(state));
             count(counter);
-            input.skb.swallow()
+            input.skb.swallow(flow)
         }
         Outcome::Reply(counter, reply_id, left) => reply(input, flow, counter, reply_id, left),
         Outcome::Punt(reason, skip_bytes) => {
@@ -359,7 +359,7 @@ fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: Ctl, reason: Counter, skip
     match punt::bytes(input.skb, flow, input.cookie, ctl, &what) {
         // Observe mode: the daemon has a copy, the server gets the bytes.
         Ok(()) if flow.flags & FLOW_OBSERVE != 0 => SK_PASS,
-        Ok(()) => input.skb.swallow(),
+        Ok(()) => input.skb.swallow(flow),
         Err(counter) => dead(input, flow, counter),
     }
 }
@@ -413,5 +413,5 @@ fn dead(input: &Input<'_>, flow: &mut Flow, reason: Counter) -> u32 {
         interface: flow.interface,
         ends: None,
     });
-    input.skb.swallow()
+    input.skb.swallow(flow)
 }

@@ -67,7 +67,7 @@ fn established(ctx: &SockOpsContext) {
         last_grant: 0,
         caller_uid: u32::MAX,
         interface,
-        zero: 0,
+        swallowed_bytes: 0,
     };
     // Without a record the socket is guarded all the same: the judge drops what it has no record for.
     if FLOWS.insert(cookie, flow, 0).is_err() {
