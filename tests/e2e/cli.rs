@@ -7,16 +7,15 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::enforcement::{Guarded, enforcer_bin, fresh_pin_name};
+use enforcer_tests::enforcement::{Guarded, enforcer_bin, fresh_pin_name, remove_traces};
 use enforcer_tests::guard::{Deadline, Finished, run, wait_until};
 use enforcer_tests::issuer::Mint;
 use serde_json::{Value, json};
 
-use common::{LIMIT, TIMEOUT};
+use common::{LIMIT, NOT_LOADED, TIMEOUT};
 
 const OK: i32 = 0;
 const USAGE: i32 = 2;
-const NOT_LOADED: i32 = 3;
 const REJECTED: i32 = 4;
 const BUSY: i32 = 6;
 
@@ -142,6 +141,7 @@ fn without_an_enforcement_the_views_say_so() -> Result<()> {
     {
         assert_eq!(code(&enforcer(&wrong, b"")?), USAGE, "{wrong:?}");
     }
+    remove_traces(&name);
     Ok(())
 }
 

@@ -175,7 +175,11 @@ fn refused_bodies(builder: GuardedBuilder) -> Result<()> {
             let response =
                 connection.roundtrip(&refused.build()).with_context(|| format!("{length} bytes"))?;
             assert_eq!(response.status, 401);
-            assert_eq!(connection.roundtrip(&good)?.status, 200, "after a refused body of {length} bytes");
+            let after = connection.roundtrip(&good);
+            let after = after.with_context(|| {
+                format!("after a refused body of {length} bytes: {:?}", guarded.enforcement.counters())
+            })?;
+            assert_eq!(after.status, 200, "after a refused body of {length} bytes");
             sent.extend_from_slice(&good);
         }
     }

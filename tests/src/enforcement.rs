@@ -317,7 +317,7 @@ impl Drop for Enforcement {
 }
 
 /// Removes pins and lock file of an enforcement whose daemon has ended. Without pins the kernel frees the programs.
-fn remove_traces(pin_name: &str) {
+pub fn remove_traces(pin_name: &str) {
     let pins = entries(Path::new(BPFFS)).into_iter().filter(|path| belongs_to(path, pin_name));
     for path in pins {
         if let Err(error) = fs::remove_dir_all(&path) {

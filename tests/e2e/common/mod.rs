@@ -1,12 +1,14 @@
 //! What several end-to-end tests share.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use enforcer_tests::enforcement::Guarded;
+use enforcer_tests::guard::wait_until;
 use enforcer_tests::issuer::Issuer;
 use enforcer_tests::raw::Response;
 use ring::hmac;
@@ -14,6 +16,8 @@ use serde_json::json;
 
 /// No test takes longer, on the slowest machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(180);
+/// Exit code of the command line: nothing is loaded.
+pub(crate) const NOT_LOADED: i32 = 3;
 /// For one step.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -52,4 +56,31 @@ pub(crate) fn hs256(issuer: &Issuer, audience: &str) -> Result<String> {
     let secret = hmac::Key::new(hmac::HMAC_SHA256, &serde_json::to_vec(&key.jwk())?);
     let tag = hmac::sign(&secret, signed.as_bytes());
     Ok(format!("{signed}.{}", URL_SAFE_NO_PAD.encode(tag.as_ref())))
+}
+
+/// The status of the answer to one request on a connection of its own.
+pub(crate) fn status(guarded: &Guarded, request: &[u8]) -> Result<u16> {
+    Ok(guarded.connect()?.roundtrip(request)?.status)
+}
+
+/// A head that nobody has seen yet, long enough to be overwritten by any answer.
+pub(crate) fn unknown(guarded: &Guarded, token: &str, number: usize) -> Vec<u8> {
+    guarded.call(Some(token)).header("X-Number", &number.to_string()).build()
+}
+
+/// Waits until the kernel has noticed that the daemon does not live.
+pub(crate) fn wait_until_unavailable(guarded: &Guarded) -> Result<()> {
+    wait_until("the daemon's heartbeat is too old", TIMEOUT, || {
+        let status = guarded.enforcement.cli_json(&["status"]).ok()?;
+        (status.pointer("/daemon/heartbeat_fresh")? == &serde_json::json!(false)).then_some(())
+    })
+}
+
+/// Neither pins nor a status, and the server is open again: the program is detached.
+pub(crate) fn assert_nothing_is_left(guarded: &Guarded) -> Result<()> {
+    assert_eq!(guarded.enforcement.leftover_pins(), Vec::<PathBuf>::new());
+    let status = guarded.enforcement.cli(&["status"])?;
+    assert_eq!(status.status.code(), Some(NOT_LOADED), "{}", status.stdout);
+    assert_eq!(self::status(guarded, &guarded.call(None).build())?, 200);
+    Ok(())
 }
