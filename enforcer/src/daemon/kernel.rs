@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{
     EndpointKey, Ends, FAMILY_V4, Grant, GrantLabel, HeadDigest, InjectHeader, Reply, Verdict,
 };
@@ -30,17 +31,31 @@ pub(super) struct Kernel {
     destroyer: SocketDestroyer,
     /// New connections are not guarded any more; whoever writes the configuration must not forget it.
     draining: bool,
+    /// What keeps the programs attached even if their pins are deleted.
+    links: Vec<PinnedLink>,
     /// Connections to destroy: when, which.
     due: BTreeMap<(u64, u64), u64>,
 }
 
 impl Kernel {
     pub(super) fn new(maps: Maps, injectors: Injectors) -> Self {
-        Self { maps, injectors, destroyer: SocketDestroyer::default(), draining: false, due: BTreeMap::new() }
+        Self {
+            maps,
+            injectors,
+            destroyer: SocketDestroyer::default(),
+            draining: false,
+            links: Vec::new(),
+            due: BTreeMap::new(),
+        }
     }
 
     pub(super) fn maps(&mut self) -> &mut Maps {
         &mut self.maps
+    }
+
+    /// Keeps the links for as long as the daemon lives.
+    pub(super) fn hold(&mut self, links: Vec<PinnedLink>) {
+        self.links = links;
     }
 
     /// New connections are not guarded any more.

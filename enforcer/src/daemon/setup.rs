@@ -85,7 +85,7 @@ pub(super) fn bring_up(
         std::fs::rename(pins.path(), retired.path())
             .with_context(|| format!("cannot move {} aside", pins.path().display()))?;
     }
-    loaded.commit(pins)?;
+    kernel.hold(loaded.commit(pins)?);
     unload(&retired, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
     Ok((engine, kernel, ring))
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, SockHash, SockMap};
 use aya::programs::{
-    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramError, SkSkb, SockOps, links::FdLink,
+    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramError, SkSkb, SockOps,
+    links::{FdLink, PinnedLink},
 };
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use enforcer_common::abi::map;
@@ -73,6 +74,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 pub struct Loaded {
     ebpf: Ebpf,
     pins: PinDir,
+    links: Vec<PinnedLink>,
     committed: bool,
 }
 
@@ -84,7 +86,7 @@ pub fn load(pins: &PinDir) -> Result<Loaded, LoadError> {
     let offsets = TcpOffsets::of_running_kernel()?;
     std::fs::create_dir_all(pins.path()).map_err(|error| pin_error(pins.path(), &error))?;
     match load_into(pins, offsets) {
-        Ok(ebpf) => Ok(Loaded { ebpf, pins: pins.clone(), committed: false }),
+        Ok(ebpf) => Ok(Loaded { ebpf, pins: pins.clone(), links: Vec::new(), committed: false }),
         Err(error) => {
             let _ = pins.remove();
             Err(error)
@@ -187,7 +189,7 @@ impl Loaded {
         let link = tag_flow.attach(&file, CgroupAttachMode::Single).map_err(failed)?;
         let link = tag_flow.take_link(link).map_err(failed)?;
         let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
-        link.pin(&pin).map_err(|error| pin_error(&pin, &error))?;
+        self.links.push(link.pin(&pin).map_err(|error| pin_error(&pin, &error))?);
 
         // After the tags: every connection from here on has a record that lets it through.
         let pin = self.pins.pin(GATE_PIN);
@@ -197,18 +199,19 @@ impl Loaded {
             gate.attach(&file, CgroupSkbAttachType::Ingress, CgroupAttachMode::Single).map_err(failed)?;
         let link = gate.take_link(link).map_err(failed)?;
         let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
-        link.pin(&pin).map_err(|error| pin_error(&pin, &error))?;
+        self.links.push(link.pin(&pin).map_err(|error| pin_error(&pin, &error))?);
         Ok(())
     }
 
-    /// Moves the pins to their lasting place, which must not exist; from here on they outlive this value.
+    /// Moves the pins to their lasting place, which must not exist; from here on they outlive this value. Gives the links: while they
+    /// are held, the programs stay attached even if somebody deletes the pins.
     ///
     /// # Errors
     /// See [`LoadError`].
-    pub fn commit(mut self, to: &PinDir) -> Result<(), LoadError> {
+    pub fn commit(mut self, to: &PinDir) -> Result<Vec<PinnedLink>, LoadError> {
         std::fs::rename(self.pins.path(), to.path()).map_err(|error| pin_error(to.path(), &error))?;
         self.committed = true;
-        Ok(())
+        Ok(std::mem::take(&mut self.links))
     }
 }
 
