@@ -9,6 +9,7 @@
 //!
 //! Every decision that needs no kernel is in `enforcer-common`. Nothing in here passes bytes because of an error: the one
 //! place that does so in enforce mode is `Outcome::Pass`, and only a known head whose grant lives leads to it.
+#![expect(clippy::needless_pass_by_value, reason = "aya's macros hand contexts over by value")]
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![cfg_attr(target_arch = "bpf", no_main)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
