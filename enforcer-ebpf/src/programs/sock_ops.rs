@@ -40,8 +40,9 @@ fn established(ctx: &SockOpsContext) {
     if config.draining != 0 {
         return;
     }
-    // SAFETY: the context is valid; as below.
+    // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the context is valid.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let interface = interface(ctx);
     let observe = config.mode == MODE_OBSERVE;
