@@ -1,1 +1,326 @@
-//! Tests of the core.
+//! The engine on a datapath of plain collections.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use enforcer_common::abi::{
+    EndpointKey, Ends, FAMILY_V4, Grant, GrantLabel, HeadDigest, PUNT_DATA, PUNT_OBSERVED, PUNT_UNANSWERED,
+    PuntHeader, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
+};
+use enforcer_common::digest::{DigestKey, KEY_WORDS};
+use enforcer_common::flow::{Ctl, State};
+use enforcer_common::head;
+
+use super::*;
+use crate::keys::KeySnapshot;
+use crate::token::Fingerprinter;
+use crate::token::testing::{NOW, World};
+
+const COOKIE: u64 = 7;
+const EPOCH: u32 = 3;
+const GENERATION: u64 = 11;
+
+#[derive(Default)]
+struct Fake {
+    server: Vec<u8>,
+    client: Vec<u8>,
+    backs: Vec<(Ctl, HandBack)>,
+    destroyed: BTreeSet<u64>,
+    verdicts: BTreeMap<HeadDigest, Verdict>,
+    grants: BTreeMap<u32, Grant>,
+    counts: Vec<&'static str>,
+    /// Bytes can't be injected.
+    full: bool,
+}
+
+impl Datapath for Fake {
+    type Error = &'static str;
+
+    fn to_server(
+        &mut self,
+        _server_id: u32,
+        _cookie: u64,
+        _ctl: Ctl,
+        bytes: &[u8],
+    ) -> Result<(), Self::Error> {
+        if self.full {
+            return Err("full");
+        }
+        self.server.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn to_client(&mut self, _cookie: u64, _ctl: Ctl, bytes: &[u8]) -> Result<(), Self::Error> {
+        self.client.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn hand_back(&mut self, _cookie: u64, expected: Ctl, to: HandBack) -> Result<(), Self::Error> {
+        self.backs.push((expected, to));
+        Ok(())
+    }
+
+    fn destroy(&mut self, cookie: u64, _netns_cookie: u64, _after_ns: u64) {
+        self.destroyed.insert(cookie);
+    }
+
+    fn destroy_stray(&mut self, cookie: u64, _netns_cookie: u64, _interface: u32, _ends: Ends) {
+        self.destroyed.insert(cookie);
+    }
+
+    fn flow_exists(&mut self, _cookie: u64) -> bool {
+        true
+    }
+
+    fn peer(&mut self, _cookie: u64) -> String {
+        String::new()
+    }
+
+    fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), Self::Error> {
+        self.verdicts.insert(digest, verdict);
+        Ok(())
+    }
+
+    fn grant(&mut self, slot: u32) -> Result<Grant, Self::Error> {
+        self.grants.get(&slot).copied().ok_or("no such slot")
+    }
+
+    fn set_grant(&mut self, slot: u32, grant: &Grant) -> Result<(), Self::Error> {
+        self.grants.insert(slot, *grant);
+        Ok(())
+    }
+
+    fn set_grant_label(&mut self, _slot: u32, _label: &GrantLabel) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    fn set_reply(&mut self, _id: u32, _reply: &Reply) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    fn count(&mut self, reason: &'static str) {
+        self.counts.push(reason);
+    }
+}
+
+struct Bench {
+    engine: Engine,
+    fake: Fake,
+    keys: KeySnapshot,
+    token: String,
+    key: Box<DigestKey>,
+    now: Now,
+    offset_bytes: u64,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let world = World::new();
+        let key = Box::new(DigestKey {
+            words: std::array::from_fn(|k| (k as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+        });
+        assert_eq!(key.words.len(), KEY_WORDS);
+        let endpoint = EndpointPolicy {
+            key: EndpointKey { addr: [0; 16], port: 1, family: FAMILY_V4, zero: 0 },
+            servers: vec![(0, Arc::new(world.server()))],
+        };
+        let secrets = Secrets { digest: key.clone(), fingerprint: Fingerprinter::new([1; 32]) };
+        Self {
+            engine: Engine::new(Endpoints(vec![endpoint]), GENERATION, 100, secrets),
+            fake: Fake::default(),
+            keys: world.keys(),
+            token: world.token(),
+            key,
+            now: Now { boot_ns: 1_000_000_000_000, unix_secs: NOW },
+            offset_bytes: 0,
+        }
+    }
+
+    fn good(&self, extra: &str, body: &str) -> String {
+        format!(
+            "POST /mcp HTTP/1.1\r\nHost: mcp.example.com\r\nAuthorization: Bearer {}\r\n{extra}\r\n{body}",
+            self.token
+        )
+    }
+
+    fn refused(length: usize, body: &str) -> String {
+        format!("POST /mcp HTTP/1.1\r\nHost: mcp.example.com\r\nContent-Length: {length}\r\n\r\n{body}")
+    }
+
+    fn punt(&mut self, bytes: &[u8], flags: u32, skip_bytes: u64) {
+        let header = PuntHeader {
+            cookie: COOKIE,
+            offset_bytes: self.offset_bytes,
+            netns_cookie: 0,
+            skip_bytes,
+            kind: PUNT_DATA,
+            epoch: EPOCH,
+            len_bytes: bytes.len() as u32,
+            flags,
+            endpoint_id: 0,
+            reason: 0,
+            write_seq: 0,
+            interface: 0,
+        };
+        self.offset_bytes += bytes.len() as u64;
+        self.engine.record(&header, bytes, self.now, &self.keys, &mut self.fake);
+        self.engine.end_batch(&mut self.fake);
+    }
+
+    fn last_back(&self) -> (Ctl, HandBack) {
+        *self.fake.backs.last().unwrap()
+    }
+}
+
+#[test]
+fn a_good_request_goes_to_the_server_however_it_is_cut() {
+    let body = "{\"jsonrpc\":\"2.0\"}";
+    let whole = Bench::new().good(&format!("Content-Length: {}\r\n", body.len()), body).len();
+    for cut in 1..whole {
+        let mut bench = Bench::new();
+        let request = bench.good(&format!("Content-Length: {}\r\n", body.len()), body);
+        bench.punt(&request.as_bytes()[..cut], 0, 0);
+        bench.punt(&request.as_bytes()[cut..], 0, 0);
+        assert_eq!(bench.fake.server, request.as_bytes(), "cut at {cut}");
+        let (expected, to) = bench.last_back();
+        assert_eq!(expected, Ctl::new(State::Punted, EPOCH, request.len() as u64));
+        assert_eq!((to.ctl, to.remaining_bytes), (Ctl::new(State::Head, EPOCH, 0), 0));
+        assert!(bench.fake.client.is_empty() && bench.fake.destroyed.is_empty());
+    }
+}
+
+#[test]
+fn the_verdict_is_for_the_digest_that_the_kernel_computes() {
+    let mut bench = Bench::new();
+    let request = bench.good("Content-Length: 2\r\n", "{}");
+    bench.punt(request.as_bytes(), 0, 0);
+    let (_, digest) = head::analyze_bytes(request.as_bytes(), &bench.key, 0).unwrap();
+    let verdict = bench.fake.verdicts[&digest];
+    let grant = bench.fake.grants[&verdict.index];
+    assert_eq!(
+        (verdict.kind, verdict.generation, verdict.grant_serial),
+        (VERDICT_ALLOW, GENERATION, grant.serial)
+    );
+    assert!(grant.deadline_ns > bench.now.boot_ns && grant.deadline_ns <= bench.now.boot_ns + GRANT_MAX_NS);
+    assert_eq!(grant.fingerprint, Fingerprinter::new([1; 32]).fingerprint(bench.token.as_bytes()).0);
+
+    let refused = Bench::refused(0, "");
+    bench.offset_bytes = request.len() as u64;
+    bench.punt(refused.as_bytes(), 0, 0);
+    let (_, digest) = head::analyze_bytes(refused.as_bytes(), &bench.key, 0).unwrap();
+    assert_eq!(bench.fake.verdicts[&digest].kind, VERDICT_DENY);
+}
+
+#[test]
+fn a_body_that_is_still_coming_is_left_to_the_kernel() {
+    let mut bench = Bench::new();
+    let request = bench.good("Content-Length: 1000\r\n", "only this");
+    bench.punt(request.as_bytes(), 0, 0);
+    let (_, to) = bench.last_back();
+    assert_eq!((to.ctl, to.remaining_bytes), (Ctl::new(State::Body, EPOCH, 0), 991));
+    // More came before the hand-back: it goes to the server, and the next attempt knows.
+    bench.punt(&[b'x'; 100], 0, 0);
+    let (expected, to) = bench.last_back();
+    assert_eq!(expected.punted_bytes(), request.len() as u64 + 100);
+    assert_eq!(to.remaining_bytes, 891);
+    assert_eq!(bench.fake.server.len(), request.len() + 100);
+}
+
+#[test]
+fn a_refused_request_reaches_no_server_and_its_body_is_skipped() {
+    let mut bench = Bench::new();
+    bench.punt(Bench::refused(50, "part").as_bytes(), 0, 0);
+    assert!(bench.fake.server.is_empty());
+    assert!(bench.fake.client.starts_with(b"HTTP/1.1 401 "));
+    let (_, to) = bench.last_back();
+    assert_eq!((to.ctl, to.remaining_bytes), (Ctl::new(State::Discard, EPOCH, 0), 46));
+    // The rest of it and a good request in one packet: the answer was sent before, so this is no pipelining.
+    let good = bench.good("", "");
+    bench.punt(format!("{}{good}", "y".repeat(46)).as_bytes(), 0, 0);
+    assert_eq!(bench.fake.server, good.as_bytes());
+    assert!(bench.fake.destroyed.is_empty());
+}
+
+#[test]
+fn a_new_epoch_can_begin_inside_a_refused_body() {
+    let mut bench = Bench::new();
+    let good = bench.good("", "");
+    bench.punt(format!("zzz{good}").as_bytes(), 0, 3);
+    assert_eq!(bench.fake.server, good.as_bytes());
+}
+
+#[test]
+fn what_could_mix_answers_or_lose_bytes_ends_the_connection() {
+    // A second request behind the first.
+    let mut bench = Bench::new();
+    let good = bench.good("", "");
+    bench.punt(format!("{good}{good}").as_bytes(), 0, 0);
+    assert!(bench.fake.destroyed.contains(&COOKIE) && bench.fake.server.is_empty());
+    // A refusal that would overtake the server's answer.
+    let mut bench = Bench::new();
+    bench.punt(Bench::refused(0, "").as_bytes(), PUNT_UNANSWERED, 0);
+    assert!(bench.fake.destroyed.contains(&COOKIE) && bench.fake.client.is_empty());
+    // A record that is missing.
+    let mut bench = Bench::new();
+    bench.punt(&good.as_bytes()[..20], 0, 0);
+    bench.offset_bytes += 1;
+    bench.punt(&good.as_bytes()[21..], 0, 0);
+    assert!(bench.fake.destroyed.contains(&COOKIE) && bench.fake.server.is_empty());
+    // Bytes that are not HTTP.
+    let mut bench = Bench::new();
+    bench.punt(b"\x16\x03\x01\x02\x00", 0, 0);
+    assert!(bench.fake.destroyed.contains(&COOKIE) && bench.fake.client.is_empty());
+    // An injection that fails.
+    let mut bench = Bench::new();
+    bench.fake.full = true;
+    let good = bench.good("", "");
+    bench.punt(good.as_bytes(), 0, 0);
+    assert!(bench.fake.destroyed.contains(&COOKIE));
+    assert_eq!(bench.last_back().1.ctl, Ctl::new(State::Dead, EPOCH, 0));
+}
+
+#[test]
+fn a_head_that_never_ends_runs_out_of_time() {
+    let mut bench = Bench::new();
+    bench.punt(b"POST /mcp HT", 0, 0);
+    bench.now.boot_ns += 29_000_000_000;
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert!(bench.fake.destroyed.is_empty());
+    bench.now.boot_ns += 1_000_000_000;
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert!(bench.fake.destroyed.contains(&COOKIE));
+    assert_eq!(bench.fake.counts, ["head-timeout"]);
+}
+
+#[test]
+fn observe_mode_follows_and_touches_nothing() {
+    let mut bench = Bench::new();
+    bench.punt(Bench::refused(10, "abc").as_bytes(), PUNT_OBSERVED, 0);
+    assert!(bench.fake.server.is_empty() && bench.fake.client.is_empty() && bench.fake.destroyed.is_empty());
+    let (_, to) = bench.last_back();
+    assert_eq!((to.ctl, to.remaining_bytes), (Ctl::new(State::Body, EPOCH, 0), 7));
+    let mut bench = Bench::new();
+    bench.punt(b"\0", PUNT_OBSERVED, 0);
+    assert!(bench.fake.destroyed.is_empty());
+    assert_eq!(bench.last_back().1.ctl, Ctl::new(State::Opaque, EPOCH, 0));
+}
+
+#[test]
+fn a_grant_ends_and_its_slot_rests_before_it_is_used_again() {
+    let mut bench = Bench::new();
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    let first = bench.fake.grants[&0];
+    bench.now.boot_ns = first.deadline_ns;
+    bench.now.unix_secs += 60;
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert_eq!(bench.fake.grants[&0].serial, 0);
+    bench.punt(request.as_bytes(), 0, 0);
+    assert_eq!(bench.fake.grants[&0].serial, 0);
+    assert!(bench.fake.grants[&1].serial > first.serial);
+    // The second grant goes too, and by then the first slot has rested.
+    bench.now.boot_ns = bench.fake.grants[&1].deadline_ns.max(bench.now.boot_ns + QUARANTINE_NS);
+    bench.engine.tick(bench.now, &mut bench.fake);
+    bench.punt(request.as_bytes(), 0, 0);
+    assert!(bench.fake.grants[&0].serial > 0);
+}

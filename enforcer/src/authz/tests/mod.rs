@@ -280,7 +280,7 @@ fn only_plain_heads_are_remembered() {
             "allow 0 once",
         ),
         ("POST /mcp", "Connection: close", "401 no-credentials Never close"),
-        ("POST /mcp", "Transfer-Encoding: chunked", "401 no-credentials Never"),
+        ("POST /mcp", "Transfer-Encoding: chunked", "401 no-credentials Never close"),
         ("POST /mcp", "Expect: 100-continue | Content-Length: 3", "401 no-credentials Never close"),
     ];
     check(&[&server("/mcp")], &table);
