@@ -47,7 +47,7 @@ pub(super) fn ip(key: &EndpointKey) -> IpAddr {
 }
 
 /// An address and port of the ABI, as URLs write them.
-pub(super) fn socket(key: &EndpointKey) -> String {
+pub(crate) fn socket(key: &EndpointKey) -> String {
     SocketAddr::new(ip(key), key.port).to_string()
 }
 

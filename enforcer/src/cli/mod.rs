@@ -6,7 +6,7 @@ mod check;
 mod doctor;
 pub mod exit;
 mod explain;
-mod format;
+pub(crate) mod format;
 mod live;
 mod output;
 pub mod run;

@@ -3,13 +3,11 @@
 use std::collections::BTreeMap;
 
 use aya::programs::links::PinnedLink;
-use enforcer_common::abi::{
-    EndpointKey, Ends, FAMILY_V4, Grant, GrantLabel, HeadDigest, InjectHeader, Reply, Verdict,
-};
+use enforcer_common::abi::{Ends, Grant, GrantLabel, HeadDigest, InjectHeader, Reply, Verdict};
 use enforcer_common::flow::Ctl;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tracing::{error, warn};
 
+use crate::cli::format;
 use crate::core::{Datapath, HandBack};
 use crate::datapath::{Injectors, LiveError, Maps, SocketDestroyer};
 
@@ -132,7 +130,7 @@ impl Datapath for Kernel {
 
     fn peer(&mut self, cookie: u64) -> String {
         match self.maps.live.flows.get(&cookie, 0) {
-            Ok(flow) => socket_addr(flow.peer).to_string(),
+            Ok(flow) => format::socket(&flow.peer),
             Err(_) => "gone".into(),
         }
     }
@@ -162,14 +160,4 @@ impl Datapath for Kernel {
             error!(reason, %error, "a refusal could not be counted");
         }
     }
-}
-
-/// An address of the ABI as people write it.
-fn socket_addr(key: EndpointKey) -> SocketAddr {
-    let addr: IpAddr = if key.family == FAMILY_V4 {
-        Ipv4Addr::new(key.addr[0], key.addr[1], key.addr[2], key.addr[3]).into()
-    } else {
-        Ipv6Addr::from(key.addr).into()
-    };
-    SocketAddr::new(addr, key.port)
 }
