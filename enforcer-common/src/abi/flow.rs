@@ -1,6 +1,10 @@
 //! Flow records.
 
 use super::{EndpointKey, assert_layout};
+use crate::head::LAYOUT_WORDS;
+
+/// Layouts of heads that a flow remembers: an agent's calls come in a few shapes.
+pub const FLOW_LAYOUTS: usize = 4;
 
 /// The flow was tagged in observe mode: nothing on it is refused.
 pub const FLOW_OBSERVE: u32 = 1;
@@ -59,12 +63,17 @@ pub struct Flow {
     pub interface: u32,
     /// Bytes that were dropped without waking the server; the kernel goes on counting them as unread. Wraps.
     pub swallowed_bytes: u32,
+    /// Layouts of the last known heads of different layout: see [`crate::head::Layout`].
+    pub layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS],
+    /// Where in `layouts` the next one goes. Wraps.
+    pub next_layout: u64,
 }
-assert_layout!(Flow, 168, [
+assert_layout!(Flow, 304, [
     ctl: u64, remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, last_request_ns: u64,
     caller_cgroup_id: u64, requests: u64, allowed: u64, refused: u64, punts: u64, punted_bytes: u64,
     local: EndpointKey, peer: EndpointKey, endpoint_id: u32, unavailable_reply_id: u32, flags: u32,
     write_seq_mark: u32, last_grant: u32, caller_uid: u32, interface: u32, swallowed_bytes: u32,
+    layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], next_layout: u64,
 ]);
 
 /// Size of `FLOWS`.

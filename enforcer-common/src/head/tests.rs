@@ -14,8 +14,18 @@ fn key(seed: u64) -> DigestKey {
     }
 }
 
-/// What the scan must find, one byte at a time and without tricks: head length, content length, masked head.
-fn reference(bytes: &[u8]) -> Result<(usize, Option<u64>, Vec<u8>), Miss> {
+/// What a head is, found one byte at a time and without tricks.
+struct Reference {
+    end: usize,
+    length: Option<u64>,
+    masked: Vec<u8>,
+    /// Digits of `Content-Length`.
+    digits: (usize, usize),
+    /// Masked values.
+    ranges: Vec<(usize, usize)>,
+}
+
+fn reference(bytes: &[u8]) -> Result<Reference, Miss> {
     let bytes = &bytes[..bytes.len().min(HEAD_MAX_BYTES)];
     let mut lines = Vec::new();
     let mut start = 0;
@@ -35,8 +45,8 @@ fn reference(bytes: &[u8]) -> Result<(usize, Option<u64>, Vec<u8>), Miss> {
         start = at + 1;
     }
     let Some(end) = end else { return Err(Miss::Incomplete) };
-    let mut masked = bytes[..end].to_vec();
-    let mut length = None;
+    let mut found =
+        Reference { end, length: None, masked: bytes[..end].to_vec(), digits: (0, 0), ranges: Vec::new() };
     for (index, &(start, line_feed)) in lines.iter().enumerate() {
         if line_feed == start || bytes[line_feed - 1] != b'\r' || matches!(bytes[start], b' ' | b'\t') {
             return Err(Miss::Irregular);
@@ -54,41 +64,52 @@ fn reference(bytes: &[u8]) -> Result<(usize, Option<u64>, Vec<u8>), Miss> {
                 && digits.len() <= 10
                 && digits.iter().all(u8::is_ascii_digit)
                 && (digits.len() == 1 || digits[0] != b'0');
-            if !plain || length.is_some() {
+            if !plain || found.length.is_some() {
                 return Err(Miss::Irregular);
             }
-            length = Some(core::str::from_utf8(digits).unwrap().parse().unwrap());
-            let from = line_feed - 1 - digits.len();
-            masked[from..line_feed - 1].fill(0);
-        } else if IGNORED.iter().any(|ignored| ignored.as_bytes() == name) && value.len() <= 256 {
+            found.length = Some(core::str::from_utf8(digits).unwrap().parse().unwrap());
+            found.digits = (line_feed - 1 - digits.len(), line_feed - 1);
+            found.masked[found.digits.0..found.digits.1].fill(0);
+        } else if IGNORED.iter().any(|ignored| ignored.as_bytes() == name)
+            && (1..=256).contains(&value.len())
+            && found.ranges.len() < MAX_MASKS
+        {
             if !value.iter().all(|byte| (0x20..=0x7e).contains(byte)) {
                 return Err(Miss::Irregular);
             }
-            let from = start + colon + 1;
-            masked[from..line_feed - 1].fill(0);
+            let range = (start + colon + 1, line_feed - 1);
+            found.masked[range.0..range.1].fill(0);
+            found.ranges.push(range);
         }
     }
-    Ok((end, length, masked))
+    Ok(found)
 }
 
-/// NH by its definition, over 32-bit words.
-fn reference_digest(masked: &[u8], key: &DigestKey, endpoint_id: u32) -> HeadDigest {
-    let mut padded = masked.to_vec();
-    padded.resize(masked.len().div_ceil(64) * 64, 0);
-    let message: Vec<u32> =
-        padded.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
-    let halves: Vec<u32> = key.words.iter().flat_map(|word| [*word as u32, (*word >> 32) as u32]).collect();
-    let nh = |message: &[u32], key: &[u32]| {
-        message.chunks(2).zip(key.chunks(2)).fold(0_u64, |sum, (m, k)| {
-            let product = u64::from(m[0].wrapping_add(k[0])) * u64::from(m[1].wrapping_add(k[1]));
-            sum.wrapping_add(product)
-        })
-    };
-    let last = [masked.len() as u32, endpoint_id];
-    let at = HEAD_MAX_BYTES / 4;
-    HeadDigest {
-        lo: nh(&message, &halves).wrapping_add(nh(&last, &halves[at..])),
-        hi: nh(&message, &halves[4..]).wrapping_add(nh(&last, &halves[at + 4..])),
+impl Reference {
+    /// The digest by its definition.
+    fn digest(&self, key: &DigestKey, endpoint_id: u32) -> HeadDigest {
+        let mut words: Vec<u64> = self
+            .masked
+            .chunks(8)
+            .map(|bytes| bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)))
+            .collect();
+        words.resize(HEAD_MAX_BYTES / 8, 0);
+        let pair = |(from, to): (usize, usize)| from as u64 | (to as u64) << 16;
+        words.push(self.end as u64 | (self.ranges.len() as u64) << 16 | pair(self.digits) << 32);
+        for k in 0..3 {
+            let range = |at: usize| self.ranges.get(at).copied().map_or(0, pair);
+            words.push(range(2 * k) | range(2 * k + 1) << 32);
+        }
+        words.push(u64::from(endpoint_id) + 1);
+        let sum = |terms: &mut dyn Iterator<Item = (u64, u64)>| {
+            terms.fold(0_u64, |sum, (word, key)| sum.wrapping_add(word.wrapping_mul(key)))
+        };
+        let even = key.words.iter().step_by(2).copied();
+        let odd = key.words.iter().skip(1).step_by(2).copied();
+        HeadDigest {
+            lo: sum(&mut words.iter().copied().zip(even)),
+            hi: sum(&mut words.iter().map(|word| word.swap_bytes()).zip(odd)),
+        }
     }
 }
 
@@ -96,15 +117,16 @@ fn check(bytes: &[u8]) -> Result<(HeadInfo, HeadDigest), Miss> {
     let key = key(1);
     let got = analyze_bytes(bytes, &key, 5);
     match (&got, reference(bytes)) {
-        (Ok((info, digest)), Ok((end, length, masked))) => {
-            assert_eq!(info.head_bytes as usize, end);
-            assert_eq!((info.has_content_length == 1).then_some(info.content_length), length);
-            assert_eq!(*digest, reference_digest(&masked, &key, 5));
+        (Ok((info, digest)), Ok(wanted)) => {
+            assert_eq!(info.head_bytes as usize, wanted.end);
+            assert_eq!((info.has_content_length == 1).then_some(info.content_length), wanted.length);
+            assert_eq!(*digest, wanted.digest(&key, 5));
         }
         // The scan may call irregular what the reference reads: more lines than it keeps, line feeds too dense.
         (Err(Miss::Irregular), _) => {}
         (Err(got), Err(wanted)) => assert_eq!(*got, wanted),
         (got, wanted) => {
+            let wanted = wanted.map(|wanted| (wanted.end, wanted.length));
             panic!("scan {got:?}, reference {wanted:?} for {:?}", String::from_utf8_lossy(bytes))
         }
     }
@@ -234,9 +256,9 @@ fn limits_of_length_and_lines() {
 fn key_matters_everywhere() {
     let long = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(4000));
     let original = analyze_bytes(long.as_bytes(), &key(1), 5).unwrap().1;
-    for word in (0..long.len() / 8).chain([KEY_WORDS - 8]) {
+    for word in (0..long.len() / 4).chain([KEY_WORDS - 10, KEY_WORDS - 9, KEY_WORDS - 2, KEY_WORDS - 1]) {
         let mut other = key(1);
-        other.words[word] ^= 1 << 7;
+        other.words[word] ^= 1;
         assert_ne!(analyze_bytes(long.as_bytes(), &other, 5).unwrap().1, original, "key word {word}");
     }
 }
@@ -281,4 +303,81 @@ proptest! {
         let head = |text: &str| format!("GET / HTTP/1.1\r\nX: {text}\r\n\r\n");
         prop_assert_ne!(digest(&head(&a)), digest(&head(&b)));
     }
+
+    /// The kernel tries the layout of another head of the connection. Whatever that was: if the digest is that of a head that was
+    /// scanned (so it may have a verdict), then the scan would have read this head in just the same way.
+    #[test]
+    fn a_guessed_layout_finds_nothing_that_the_scan_does_not(
+        lines in prop::collection::vec(header_line(), 0..8),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), prop_oneof![any::<u8>(), Just(0), Just(b'0'), Just(b'\n'), Just(b'\r')]), 0..6),
+    ) {
+        let judged = format!("POST /mcp HTTP/1.1\r\n{}\r\n", lines.iter().map(|line| format!("{line}\r\n")).collect::<String>()).into_bytes();
+        let mut sent = judged.clone();
+        for (at, byte) in &edits {
+            sent[at.index(judged.len())] = *byte;
+        }
+        let Ok((_, verdict)) = check(&judged) else { return Ok(()) };
+        let Some((info, digest)) = guessed(&layout(&judged), &sent) else { return Ok(()) };
+        prop_assert_eq!(digest == verdict, check(&sent).is_ok_and(|(_, scanned)| scanned == verdict));
+        if digest == verdict {
+            prop_assert_eq!(check(&sent), Ok((info, digest)));
+        }
+    }
+}
+
+fn filled(bytes: &[u8]) -> HeadBuf {
+    let mut buf = HeadBuf::new();
+    buf.bytes[..bytes.len()].copy_from_slice(bytes);
+    buf
+}
+
+fn layout(bytes: &[u8]) -> Layout {
+    scan(&mut filled(bytes), bytes.len() as u32).unwrap()
+}
+
+/// What the kernel makes of bytes under a layout that it only guesses.
+fn guessed(layout: &Layout, bytes: &[u8]) -> Option<(HeadInfo, HeadDigest)> {
+    let mut buf = filled(bytes);
+    if !may_have(&buf, bytes.len() as u32, layout) {
+        return None;
+    }
+    let length = mask(&mut buf, layout)?;
+    Some((HeadInfo::new(layout, length), digest::of_head(&mut buf, layout, &key(1), 5)))
+}
+
+#[test]
+fn a_layout_serves_the_heads_that_differ_in_masked_bytes_only() {
+    let first = layout(HEAD.as_bytes());
+    let second = HEAD.replace("x/1", "y/2").replace(": 12", ": 99");
+    assert_eq!(guessed(&first, second.as_bytes()).unwrap(), check(second.as_bytes()).unwrap());
+    assert_eq!(guessed(&first, second.as_bytes()).unwrap().0.content_length, 99);
+    for other in [
+        HEAD.replace("x/1", "x\r\n"),
+        HEAD.replace("x/1", "x\n1"),
+        HEAD.replace(": 12", ": +2"),
+        HEAD.replace(": 12", ": 02"),
+        HEAD.replace("12\r\n\r\n", "12\r\n\r"),
+        format!("{HEAD}x").split_off(1),
+    ] {
+        assert_eq!(guessed(&first, other.as_bytes()), None, "{other:?}");
+    }
+}
+
+#[test]
+fn masked_bytes_of_one_layout_are_no_free_bytes_of_another() {
+    // Zeros where the judged head had masked digits: the masked bytes are equal, the layouts are not.
+    let with = "POST / HTTP/1.1\r\nContent-Length: 12\r\nX: 1\r\n\r\n";
+    let without = "POST / HTTP/1.1\r\nContent-Lengthx 12\r\nX: 1\r\n\r\n";
+    let zeros = with.replace("12", "\0\0");
+    let verdict = digest(with);
+    assert_ne!(guessed(&layout(without.as_bytes()), zeros.as_bytes()).unwrap().1, verdict);
+    assert_eq!(check(zeros.as_bytes()), Err(Miss::Irregular));
+}
+
+#[test]
+fn the_seventh_ignored_value_counts() {
+    let head =
+        |last: &str| format!("GET / HTTP/1.1\r\n{}baggage: {last}\r\n\r\n", "baggage: 1\r\n".repeat(6));
+    assert_ne!(digest(&head("1")), digest(&head("2")));
+    assert_eq!(digest(&head("1")), digest(&head("1").replacen("baggage: 1", "baggage: 2", 6)));
 }

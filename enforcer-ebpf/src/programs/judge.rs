@@ -15,7 +15,7 @@ use enforcer_common::verdict::{self, Known};
 use super::punt::{self, Event, Handed};
 use super::recognise::{self, Head};
 use crate::kernel::{CtlCell, Skb, config, count, now_ns, repeat};
-use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS, VERDICTS};
+use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
 
 /// The most steps of the chunk decoder over one skb: one for each of its bytes, however small the chunks.
 const CHUNK_STEPS: u32 = 1 << 19;
@@ -157,8 +157,11 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     flow.requests += 1;
     flow.last_request_ns = now_ns;
     let Some(config) = config() else { return Outcome::Dead(Counter::DeadHelper) };
-    let (info, digest) = match recognise::head(input.skb, flow.endpoint_id) {
-        Head::Known(info, digest) => (info, digest),
+    let (info, verdict) = match recognise::head(input.skb, flow) {
+        Head::Read(info, Some(verdict)) => (info, verdict),
+        Head::Read(info, None) => {
+            return punt(input, flow, config, now_ns, Counter::PuntUnknown, Some(info));
+        }
         Head::Miss(miss) => {
             let reason =
                 if miss == Miss::Incomplete { Counter::PuntIncomplete } else { Counter::PuntIrregular };
@@ -166,10 +169,6 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
         }
         Head::NoScratch => return Outcome::Dead(Counter::DeadScratch),
         Head::Failed => return Outcome::Dead(Counter::DeadHelper),
-    };
-    // SAFETY: verdicts are only replaced as a whole.
-    let Some(verdict) = (unsafe { VERDICTS.get(digest) }) else {
-        return punt(input, flow, config, now_ns, Counter::PuntUnknown, Some(info));
     };
     let grant = if verdict.kind == VERDICT_ALLOW { GRANTS.get_ptr_mut(verdict.index) } else { None };
     // SAFETY: a valid map value; see `Grant` for why a grant is never half of another.

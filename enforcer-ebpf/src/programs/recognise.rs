@@ -1,17 +1,19 @@
-//! The head of a request in front of the judge: scanned, masked and digested in scratch memory.
+//! The head of a request in front of the judge: laid out, masked, digested and looked up, in scratch memory.
 
-use enforcer_common::abi::HeadDigest;
-use enforcer_common::digest::{Digest, DigestKey};
-use enforcer_common::head::{HEAD_MAX_BYTES, HeadBuf, HeadInfo, MASK_WORDS, MAX_BLOCKS, Miss, Scan, Step};
+use enforcer_common::abi::{FLOW_LAYOUTS, Flow, HeadDigest, Verdict};
+use enforcer_common::digest::{self, DigestKey};
+use enforcer_common::head::{
+    HEAD_MAX_BYTES, HeadBuf, HeadInfo, Layout, MAX_BLOCKS, Miss, Scan, Step, mask_value, mask_with, may_have,
+};
 
 use crate::kernel::{Failed, Skb, exchange, repeat};
-use crate::maps::{DIGEST_KEY, SCRATCH, SLOTS, Slot};
+use crate::maps::{DIGEST_KEY, SCRATCH, SLOTS, Slot, VERDICTS};
 
 /// What became of recognising a head.
 #[must_use]
 pub(crate) enum Head {
-    /// Its framing and digest.
-    Known(HeadInfo, HeadDigest),
+    /// Its framing, and what was decided about it if it is known.
+    Read(HeadInfo, Option<&'static Verdict>),
     /// The daemon's parser must see it.
     Miss(Miss),
     /// No scratch memory was free.
@@ -20,54 +22,131 @@ pub(crate) enum Head {
     Failed,
 }
 
+/// The scan's loops have this as their context.
 struct Work {
     buf: *mut HeadBuf,
-    key: *const DigestKey,
     scan: Scan,
-    digest: Digest,
 }
+
+/// What [`mask_and_digest`] gives in place of a `Content-Length`: the bytes are not what the layout promises.
+const IRREGULAR: u64 = u64::MAX;
 
 /// Recognises the head at the start of an skb.
 #[inline(always)]
-pub(crate) fn head(skb: Skb<'_>, endpoint_id: u32) -> Head {
+pub(crate) fn head(skb: Skb<'_>, flow: &mut Flow) -> Head {
     let Some(key) = DIGEST_KEY.get(0) else { return Head::Failed };
     let Some(slot) = acquire() else { return Head::NoScratch };
     // SAFETY: the slot is a valid map value, and ours until it is released.
-    let head = unsafe { in_slot(skb, endpoint_id, key, &raw mut (*slot).head) };
+    let head = unsafe { in_slot(skb, flow, key, &raw mut (*slot).head) };
     release(slot);
     match head {
-        Ok(Ok((info, digest))) => Head::Known(info, digest),
-        Ok(Err(miss)) => Head::Miss(miss),
+        Ok(head) => head,
         Err(Failed) => Head::Failed,
     }
 }
 
+/// First with a layout that this connection's heads had before, which saves the scan. Only if that finds no verdict is the head
+/// scanned, and only the scan says what an unknown head is.
 #[inline(always)]
-unsafe fn in_slot(
-    skb: Skb<'_>,
-    endpoint_id: u32,
-    key: &DigestKey,
-    buf: *mut HeadBuf,
-) -> Result<Result<(HeadInfo, HeadDigest), Miss>, Failed> {
+unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut HeadBuf) -> Result<Head, Failed> {
+    let endpoint_id = flow.endpoint_id;
     let len = skb.len();
     let len = if len > HEAD_MAX_BYTES as u32 { HEAD_MAX_BYTES as u32 } else { len };
-    // SAFETY: the buffer holds `HEAD_MAX_BYTES` and more.
+    let (mut layout, mut digest) = (Layout::NONE, HeadDigest { lo: 0, hi: 0 });
+    // SAFETY: the buffer holds `HEAD_MAX_BYTES` and more. As below.
     unsafe { skb.load::<{ HEAD_MAX_BYTES as u32 }>(0, buf.cast::<u8>(), len)? };
-    let mut work = Work { buf, key, scan: Scan::new(len), digest: Digest::new(0) };
+    // SAFETY: as above.
+    if remembered(flow, unsafe { &*buf }, len, &mut layout) {
+        let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, &raw mut digest);
+        if content_length != IRREGULAR
+            // SAFETY: verdicts are only replaced as a whole.
+            && let Some(verdict) = unsafe { VERDICTS.get(digest) }
+        {
+            return Ok(Head::Read(HeadInfo::new(&layout, content_length), Some(verdict)));
+        }
+        // Masked in vain.
+        // SAFETY: as above.
+        unsafe { skb.load::<{ HEAD_MAX_BYTES as u32 }>(0, buf.cast::<u8>(), len)? };
+    }
+    let mut work = Work { buf, scan: Scan::new(len) };
     repeat(MAX_BLOCKS, scan_block, &mut work)?;
     let lines = match work.scan.found() {
         Ok(lines) => lines,
-        Err(miss) => return Ok(Err(miss)),
+        Err(miss) => return Ok(Head::Miss(miss)),
     };
     repeat(lines, scan_line, &mut work)?;
-    let info = match work.scan.finish() {
-        Ok(info) => info,
-        Err(miss) => return Ok(Err(miss)),
+    layout = match work.scan.finish() {
+        Ok(layout) => layout,
+        Err(miss) => return Ok(Head::Miss(miss)),
     };
+    let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, &raw mut digest);
+    if content_length == IRREGULAR {
+        return Ok(Head::Miss(Miss::Irregular));
+    }
     // SAFETY: as above.
-    work.digest = Digest::start(unsafe { &mut *buf }, info.head_bytes);
-    repeat(MAX_BLOCKS, digest_block, &mut work)?;
-    Ok(Ok((info, work.digest.finish(key, endpoint_id))))
+    let verdict = unsafe { VERDICTS.get(digest) };
+    if verdict.is_some() {
+        remember(flow, &layout);
+    }
+    Ok(Head::Read(HeadInfo::new(&layout, content_length), verdict))
+}
+
+/// The one of the flow's layouts that may fit.
+#[inline(always)]
+fn remembered(flow: &Flow, buf: &HeadBuf, len: u32, layout: &mut Layout) -> bool {
+    let mut k = 0;
+    while k < FLOW_LAYOUTS {
+        layout.words = flow.layouts[k];
+        if may_have(buf, len, layout) {
+            return true;
+        }
+        k += 1;
+    }
+    false
+}
+
+#[inline(always)]
+fn remember(flow: &mut Flow, layout: &Layout) {
+    let at = (flow.next_layout & (FLOW_LAYOUTS as u64 - 1)) as usize;
+    flow.next_layout = flow.next_layout.wrapping_add(1);
+    // SAFETY: `at` is masked.
+    unsafe { *flow.layouts.as_mut_ptr().add(at) = layout.words };
+}
+
+// The two functions below are global ones to the verifier (they have external linkage), so it walks them once, for any arguments, and not
+// once per call and path: with plain calls in a row it did not get done within its million instructions.
+
+/// Masks the head and writes its digest; the value of its `Content-Length`, or [`IRREGULAR`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mask_and_digest(
+    buf: *mut HeadBuf,
+    key: *const DigestKey,
+    layout: *const Layout,
+    endpoint_id: u32,
+    digest: *mut HeadDigest,
+) -> u64 {
+    if buf.is_null() || key.is_null() || layout.is_null() || digest.is_null() {
+        return IRREGULAR;
+    }
+    // SAFETY: the callers' pointers are valid; the verifier checks each access against the types' sizes.
+    let (buf, key, layout) = unsafe { (&mut *buf, &*key, &*layout) };
+    let ok = |buf: &mut HeadBuf, from, to| mask_range(&raw mut *buf, from, to) != 0;
+    let Some(content_length) = mask_with(buf, layout, ok) else { return IRREGULAR };
+    // SAFETY: as above.
+    unsafe { *digest = digest::of_head(buf, layout, key, endpoint_id) };
+    content_length
+}
+
+/// [`mask_value`]; 0: not printable.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mask_range(buf: *mut HeadBuf, from: u32, to: u32) -> u32 {
+    if buf.is_null() {
+        return 0;
+    }
+    // SAFETY: as above.
+    u32::from(mask_value(unsafe { &mut *buf }, from, to))
 }
 
 fn acquire() -> Option<*mut Slot> {
@@ -96,23 +175,5 @@ extern "C" fn scan_block(index: u32, work: *mut Work) -> i64 {
 
 extern "C" fn scan_line(index: u32, work: *mut Work) -> i64 {
     // SAFETY: as above.
-    let work = unsafe { &mut *work };
-    // SAFETY: as above.
-    if work.scan.line(unsafe { &mut *work.buf }, index) == Step::Stop {
-        return 1;
-    }
-    if work.scan.has_mask() && repeat(MASK_WORDS, mask_word, work).is_err() {
-        return 1;
-    }
-    i64::from(work.scan.found().is_err())
-}
-
-extern "C" fn mask_word(index: u32, work: *mut Work) -> i64 {
-    // SAFETY: as above.
-    unsafe { i64::from((*work).scan.mask_word(&mut *(*work).buf, index) == Step::Stop) }
-}
-
-extern "C" fn digest_block(index: u32, work: *mut Work) -> i64 {
-    // SAFETY: as above.
-    unsafe { i64::from((*work).digest.block(&*(*work).buf, &*(*work).key, index) == Step::Stop) }
+    unsafe { i64::from((*work).scan.line(&*(*work).buf, index) == Step::Stop) }
 }

@@ -11,10 +11,11 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use enforcer_common::abi::{
-    Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow, MODE_OBSERVE,
-    PUNT_CLOSED, PUNT_FENCED,
+    Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_LAYOUTS, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow,
+    MODE_OBSERVE, PUNT_CLOSED, PUNT_FENCED,
 };
 use enforcer_common::flow::{Ctl, State};
+use enforcer_common::head::Layout;
 
 use super::punt::{self, Event};
 use crate::kernel::{CtlCell, config, count, now_ns};
@@ -22,6 +23,35 @@ use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
+
+/// A new flow's record, too large for the stack. Its state is none at all: the judge drops what comes.
+static BLANK: Flow = Flow {
+    ctl: 0,
+    remaining_bytes: 0,
+    chunked: 0,
+    netns_cookie: 0,
+    opened_ns: 0,
+    last_request_ns: 0,
+    caller_cgroup_id: 0,
+    requests: 0,
+    allowed: 0,
+    refused: 0,
+    punts: 0,
+    punted_bytes: 0,
+    local: NOWHERE,
+    peer: NOWHERE,
+    endpoint_id: 0,
+    unavailable_reply_id: 0,
+    flags: 0,
+    write_seq_mark: 0,
+    last_grant: 0,
+    caller_uid: u32::MAX,
+    interface: 0,
+    swallowed_bytes: 0,
+    layouts: [Layout::NONE.words; FLOW_LAYOUTS],
+    next_layout: 0,
+};
+const NOWHERE: EndpointKey = EndpointKey { addr: [0; 16], port: 0, family: 0, zero: 0 };
 
 #[sock_ops]
 fn tag_flow(ctx: SockOpsContext) -> u32 {
@@ -45,34 +75,23 @@ fn established(ctx: &SockOpsContext) {
     // SAFETY: the context is valid.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let interface = interface(ctx);
-    let observe = config.mode == MODE_OBSERVE;
-    let flow = Flow {
-        ctl: Ctl::new(State::Head, 0, 0).0,
-        remaining_bytes: 0,
-        chunked: 0,
-        netns_cookie,
-        opened_ns: now_ns(),
-        last_request_ns: 0,
-        caller_cgroup_id: 0,
-        requests: 0,
-        allowed: 0,
-        refused: 0,
-        punts: 0,
-        punted_bytes: 0,
-        local,
-        peer: peer(ctx),
-        endpoint_id: endpoint.endpoint_id,
-        unavailable_reply_id: endpoint.unavailable_reply_id,
-        flags: if observe { FLOW_OBSERVE } else { 0 },
-        write_seq_mark: 0,
-        last_grant: 0,
-        caller_uid: u32::MAX,
-        interface,
-        swallowed_bytes: 0,
-    };
     // Without a record the socket is guarded all the same: the judge drops what it has no record for.
-    if FLOWS.insert(cookie, flow, 0).is_err() {
+    if FLOWS.insert(cookie, &BLANK, 0).is_err() {
         count(Counter::FlowTableFull);
+    }
+    if let Some(flow) = FLOWS.get_ptr_mut(cookie) {
+        // SAFETY: a valid map value. Until the state is written, which is the last thing, it lets nothing through.
+        unsafe {
+            (*flow).netns_cookie = netns_cookie;
+            (*flow).opened_ns = now_ns();
+            (*flow).local = local;
+            (*flow).peer = peer(ctx);
+            (*flow).endpoint_id = endpoint.endpoint_id;
+            (*flow).unavailable_reply_id = endpoint.unavailable_reply_id;
+            (*flow).flags = if config.mode == MODE_OBSERVE { FLOW_OBSERVE } else { 0 };
+            (*flow).interface = interface;
+            CtlCell::new(&raw mut (*flow).ctl).store(Ctl::new(State::Head, 0, 0));
+        }
     }
     let mut key = cookie;
     // SAFETY: the context is valid, the key is a word.

@@ -59,6 +59,8 @@ pub(super) fn flow(endpoint_id: u32) -> Flow {
         caller_uid: u32::MAX,
         interface: 0,
         swallowed_bytes: 0,
+        layouts: [[0; 4]; 4],
+        next_layout: 0,
     }
 }
 
