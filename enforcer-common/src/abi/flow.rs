@@ -11,7 +11,7 @@ pub const FLOW_OBSERVE: u32 = 1;
 /// The flow was punted at least once: the daemon may hold state for it.
 pub const FLOW_PUNTED_ONCE: u32 = 2;
 
-/// A guarded connection: `FLOWS`, a hash by socket cookie. 65,536 entries; a connection without a record gets nothing.
+/// A guarded connection, what each known head touches first: `FLOWS`, a hash by socket cookie. 65,536 entries; a connection without a record gets nothing.
 ///
 /// Writers: sock_ops makes and deletes it; judge changes it under its socket's lock; inject changes `ctl` and the
 /// fields named there while the flow is punted. Readers: the CLI.
@@ -21,6 +21,24 @@ pub struct Flow {
     /// State, punt epoch and punted bytes in one word, so that owner changes are one compare-and-swap:
     /// see [`crate::flow::Ctl`].
     pub ctl: u64,
+    /// Heads seen.
+    pub requests: u64,
+    /// `CLOCK_BOOTTIME` of the last request head, in nanoseconds.
+    pub last_request_ns: u64,
+    /// The server's send sequence when the last head came, to tell whether that request was answered.
+    pub write_seq_mark: u32,
+    /// `FLOW_*` bits.
+    pub flags: u32,
+    /// The protected endpoint.
+    pub endpoint_id: u32,
+    /// Slot of the last grant that a request on this flow used, plus one; 0: none.
+    pub last_grant: u32,
+    /// Heads allowed on the fast path.
+    pub allowed: u64,
+    /// Where in `layouts` the next one goes. Wraps.
+    pub next_layout: u64,
+    /// Layouts of the last known heads of different layout: see [`crate::head::Layout`].
+    pub layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS],
     /// Bytes left of the body in states `BODY` and `DISCARD`.
     pub remaining_bytes: u64,
     /// Chunk decoder in state `CHUNKED`: see [`crate::chunked::Chunked::to_bits`].
@@ -29,14 +47,8 @@ pub struct Flow {
     pub netns_cookie: u64,
     /// `CLOCK_BOOTTIME` of the tag, in nanoseconds.
     pub opened_ns: u64,
-    /// `CLOCK_BOOTTIME` of the last request head, in nanoseconds.
-    pub last_request_ns: u64,
     /// Cgroup of the caller where it is known, else 0.
     pub caller_cgroup_id: u64,
-    /// Heads seen.
-    pub requests: u64,
-    /// Heads allowed on the fast path.
-    pub allowed: u64,
     /// Requests that the kernel refused itself.
     pub refused: u64,
     /// Requests handed to the daemon.
@@ -47,33 +59,17 @@ pub struct Flow {
     pub local: EndpointKey,
     /// The client's end.
     pub peer: EndpointKey,
-    /// The protected endpoint.
-    pub endpoint_id: u32,
     /// Index in `REPLIES` of the endpoint's answer while no daemon lives.
     pub unavailable_reply_id: u32,
-    /// `FLOW_*` bits.
-    pub flags: u32,
-    /// The server's send sequence when the last head came, to tell whether that request was answered.
-    pub write_seq_mark: u32,
-    /// Slot of the last grant that a request on this flow used, plus one; 0: none.
-    pub last_grant: u32,
     /// Uid of the caller where it is known, else `u32::MAX`.
     pub caller_uid: u32,
     /// Interface that the server's socket is bound to; 0: none.
     pub interface: u32,
     /// Bytes that were dropped without waking the server; the kernel goes on counting them as unread. Wraps.
     pub swallowed_bytes: u32,
-    /// Layouts of the last known heads of different layout: see [`crate::head::Layout`].
-    pub layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS],
-    /// Where in `layouts` the next one goes. Wraps.
-    pub next_layout: u64,
 }
 assert_layout!(Flow, 304, [
-    ctl: u64, remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, last_request_ns: u64,
-    caller_cgroup_id: u64, requests: u64, allowed: u64, refused: u64, punts: u64, punted_bytes: u64,
-    local: EndpointKey, peer: EndpointKey, endpoint_id: u32, unavailable_reply_id: u32, flags: u32,
-    write_seq_mark: u32, last_grant: u32, caller_uid: u32, interface: u32, swallowed_bytes: u32,
-    layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], next_layout: u64,
+    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, last_grant: u32, allowed: u64, next_layout: u64, layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, unavailable_reply_id: u32, caller_uid: u32, interface: u32, swallowed_bytes: u32,
 ]);
 
 /// Size of `FLOWS`.

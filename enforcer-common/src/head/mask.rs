@@ -1,11 +1,13 @@
 //! Masking: what the digest leaves out becomes zeros, in place, and is checked on the way.
 
-use super::{HeadBuf, IGNORED_MAX_BYTES, Layout, MAX_MASKS};
+use super::{HEAD_MAX_BYTES, HeadBuf, IGNORED_MAX_BYTES, Layout, MAX_MASKS};
 
 /// The most digits of a `Content-Length`.
 pub(super) const LENGTH_MAX_DIGITS: u32 = 10;
 /// Words that the longest masked value may touch.
 const MASK_WORDS: u32 = IGNORED_MAX_BYTES / 8 + 1;
+/// Takes an offset to the start of its word.
+const WORD_MASK: u32 = HEAD_MAX_BYTES as u32 - 8;
 const ONES: u64 = 0x0101_0101_0101_0101;
 const HIGHS: u64 = 0x8080_8080_8080_8080;
 const SPACES: u64 = 0x2020_2020_2020_2020;
@@ -24,16 +26,16 @@ pub fn mask_with(
     layout: &Layout,
     mask_value: impl Fn(&mut HeadBuf, u32, u32) -> bool,
 ) -> Option<u64> {
-    let mut k = 0;
-    while k < MAX_MASKS {
-        if k as u32 >= layout.masks() {
+    let mut index = 0;
+    while index < MAX_MASKS {
+        if index >= layout.masks() {
             break;
         }
-        let (from, to) = layout.mask(k);
+        let (from, to) = layout.mask(index);
         if !mask_value(buf, from, to) {
             return None;
         }
-        k += 1;
+        index += 1;
     }
     let (from, to) = layout.length();
     if to == 0 { Some(0) } else { mask_digits(buf, from, to) }
@@ -63,36 +65,38 @@ fn mask_digits(buf: &mut HeadBuf, from: u32, to: u32) -> Option<u64> {
     Some(length)
 }
 
-/// Masks one value; whether it was printable ASCII (0x20 to 0x7e). Eight bytes at a time.
+/// Masks one value, which is not empty; whether it is printable ASCII (0x20 to 0x7e). Eight bytes at a time.
 #[inline(always)]
 pub fn mask_value(buf: &mut HeadBuf, from: u32, to: u32) -> bool {
-    let first = from & !7;
-    let last = to.wrapping_sub(1) & !7;
-    // The bytes around the value in its first and its last word.
+    let first = from & WORD_MASK;
+    let last = to.wrapping_sub(1) & WORD_MASK;
+    // The bytes of the first and the last word that do not belong to the value.
     let before = (1_u64 << ((from & 7) * 8)) - 1;
     let behind = (u64::MAX << 8) << ((to.wrapping_sub(1) & 7) * 8);
-    let mut bad = 0;
-    let mut offset = first;
-    let mut k = 0;
-    while k < MASK_WORDS {
-        if offset > last {
-            break;
-        }
-        let mut keep = 0;
-        if offset == first {
-            keep |= before;
-        }
-        if offset == last {
-            keep |= behind;
-        }
-        let word = buf.word(offset);
-        let value = (word & !keep) | (SPACES & keep);
-        // A byte from 0x80 on shows as it is, 0x7f when one is added, one below 0x20 when 0x20 is taken off. A carry between bytes
-        // comes from such a byte only.
-        bad |= value | value.wrapping_add(ONES) | value.wrapping_sub(SPACES);
-        buf.set_word(offset, word & keep);
-        offset += 8;
-        k += 1;
+    if first == last {
+        return mask_word(buf, first, before | behind) & HIGHS == 0;
     }
-    bad & HIGHS == 0
+    let mut bad = mask_word(buf, first, before) | mask_word(buf, last, behind);
+    let mut offset = first;
+    let mut words = 0;
+    while words < MASK_WORDS {
+        offset += 8;
+        if offset >= last {
+            return bad & HIGHS == 0;
+        }
+        bad |= mask_word(buf, offset, 0);
+        words += 1;
+    }
+    false
+}
+
+/// Clears a word but for some bytes. A byte of the result is 0x80 or more if one of the others is not printable.
+#[inline(always)]
+fn mask_word(buf: &mut HeadBuf, offset: u32, keep: u64) -> u64 {
+    let word = buf.word(offset);
+    let value = (word & !keep) | (SPACES & keep);
+    buf.set_word(offset, word & keep);
+    // A byte from 0x80 on shows as it is, 0x7f when one is added, one below 0x20 when 0x20 is taken off. A carry between bytes comes
+    // from such a byte only.
+    value | value.wrapping_add(ONES) | value.wrapping_sub(SPACES)
 }

@@ -16,7 +16,7 @@ mod layout;
 mod mask;
 mod scan;
 
-pub use buf::HeadBuf;
+pub use buf::{HeadBuf, zero_words};
 pub use layout::{LAYOUT_WORDS, Layout, MAX_MASKS};
 pub use mask::{mask, mask_value, mask_with};
 pub use scan::Scan;

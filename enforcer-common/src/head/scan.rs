@@ -1,7 +1,9 @@
 //! The scan: line by line through a head that nothing is known about.
 
+use core::mem::MaybeUninit;
+
 use super::mask::LENGTH_MAX_DIGITS;
-use super::{BLOCK_BYTES, HEAD_MAX_LINES, HeadBuf, IGNORED_MAX_BYTES, Layout, Miss, Step};
+use super::{BLOCK_BYTES, HEAD_MAX_LINES, HeadBuf, IGNORED_MAX_BYTES, Layout, Miss, Step, zero_words};
 
 const CR: u8 = b'\r';
 const ONES: u64 = 0x0101_0101_0101_0101;
@@ -30,8 +32,14 @@ impl Scan {
     /// A scan of the first `len` bytes of a buffer.
     #[must_use]
     #[inline(always)]
-    pub const fn new(len: u32) -> Self {
-        Self { len, head_bytes: 0, lines: 0, line_start: 0, irregular: 0, layout: Layout::NONE }
+    pub fn new(len: u32) -> Self {
+        let mut scan = MaybeUninit::<Self>::uninit();
+        // SAFETY: integers only, all of them written; the size is a multiple of eight because the layout's alignment is.
+        unsafe {
+            zero_words::<{ size_of::<Self>() / 8 }>(scan.as_mut_ptr().cast());
+            (*scan.as_mut_ptr()).len = len;
+            scan.assume_init()
+        }
     }
 
     #[inline(always)]

@@ -1,9 +1,12 @@
 //! The head of a request in front of the judge: laid out, masked, digested and looked up, in scratch memory.
 
+use core::mem::MaybeUninit;
+
 use enforcer_common::abi::{FLOW_LAYOUTS, Flow, HeadDigest, Verdict};
 use enforcer_common::digest::{self, DigestKey};
 use enforcer_common::head::{
     HEAD_MAX_BYTES, HeadBuf, HeadInfo, Layout, MAX_BLOCKS, Miss, Scan, Step, mask_value, mask_with, may_have,
+    zero_words,
 };
 
 use crate::kernel::{Failed, Skb, exchange, repeat};
@@ -52,15 +55,21 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
     let endpoint_id = flow.endpoint_id;
     let len = skb.len();
     let len = if len > HEAD_MAX_BYTES as u32 { HEAD_MAX_BYTES as u32 } else { len };
-    let (mut layout, mut digest) = (Layout::NONE, HeadDigest { lo: 0, hi: 0 });
+    let mut layout = Layout::none();
+    let mut digest = MaybeUninit::<HeadDigest>::uninit();
+    // SAFETY: two words. The helpers and functions below want memory that was written.
+    let digest = unsafe {
+        zero_words::<2>(digest.as_mut_ptr().cast());
+        digest.assume_init_mut()
+    };
     // SAFETY: the buffer holds `HEAD_MAX_BYTES` and more. As below.
     unsafe { skb.load::<{ HEAD_MAX_BYTES as u32 }>(0, buf.cast::<u8>(), len)? };
     // SAFETY: as above.
     if remembered(flow, unsafe { &*buf }, len, &mut layout) {
-        let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, &raw mut digest);
+        let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, digest);
         if content_length != IRREGULAR
             // SAFETY: verdicts are only replaced as a whole.
-            && let Some(verdict) = unsafe { VERDICTS.get(digest) }
+            && let Some(verdict) = unsafe { VERDICTS.get(&*digest) }
         {
             return Ok(Head::Read(HeadInfo::new(&layout, content_length), Some(verdict)));
         }
@@ -79,12 +88,12 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
         Ok(layout) => layout,
         Err(miss) => return Ok(Head::Miss(miss)),
     };
-    let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, &raw mut digest);
+    let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, digest);
     if content_length == IRREGULAR {
         return Ok(Head::Miss(Miss::Irregular));
     }
     // SAFETY: as above.
-    let verdict = unsafe { VERDICTS.get(digest) };
+    let verdict = unsafe { VERDICTS.get(&*digest) };
     if verdict.is_some() {
         remember(flow, &layout);
     }
@@ -113,10 +122,9 @@ fn remember(flow: &mut Flow, layout: &Layout) {
     unsafe { *flow.layouts.as_mut_ptr().add(at) = layout.words };
 }
 
-// The two functions below are global ones to the verifier (they have external linkage), so it walks them once, for any arguments, and not
-// once per call and path: with plain calls in a row it did not get done within its million instructions.
-
 /// Masks the head and writes its digest; the value of its `Content-Length`, or [`IRREGULAR`].
+///
+/// A global function to the verifier (it has external linkage), which walks it once, for any arguments, and not once per call and path.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mask_and_digest(
@@ -138,7 +146,7 @@ extern "C" fn mask_and_digest(
     content_length
 }
 
-/// [`mask_value`]; 0: not printable.
+/// [`mask_value`]; 0: not printable. Global as well: inlined, it is a loop in a loop, which the verifier follows through all combinations.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mask_range(buf: *mut HeadBuf, from: u32, to: u32) -> u32 {
