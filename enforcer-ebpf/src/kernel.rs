@@ -38,6 +38,11 @@ static TCP_COPIED_SEQ_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 static RECEIVE_BUFFER_OFFSET: u32 = 0;
 
+#[unsafe(no_mangle)]
+static SOCK_NET_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static NET_COOKIE_OFFSET: u32 = 0;
+
 /// `O_NONBLOCK` in `struct file::f_flags`.
 const O_NONBLOCK: u32 = 0o4000;
 
@@ -169,6 +174,21 @@ pub(crate) fn unread_bytes(skb: *mut __sk_buff, flow: &Flow) -> Option<(u32, u32
         // A kernel that does count swallowed bytes as read makes the difference negative.
         let unread = if unread as i32 > 0 { unread } else { 0 };
         Some((unread, number(&raw const RECEIVE_BUFFER_OFFSET).saturating_mul(2)))
+    }
+}
+
+/// Cookie of the network namespace of an skb's TCP socket, read where the kernel keeps it: `cgroup_skb` has no
+/// `bpf_get_netns_cookie` on 6.1 ("unknown func bpf_get_netns_cookie#122"). 0 where it can't be told.
+#[inline(always)]
+pub(crate) fn netns_cookie(skb: *mut __sk_buff) -> u64 {
+    let Some(tcp) = tcp_sock(skb) else { return 0 };
+    // SAFETY: as in `Skb::sequences`; a socket's namespace lives as long as the socket.
+    unsafe {
+        let net = field(tcp, &raw const SOCK_NET_OFFSET);
+        if net.is_null() {
+            return 0;
+        }
+        net.add((&raw const NET_COOKIE_OFFSET).read_volatile() as usize).cast::<u64>().read_volatile()
     }
 }
 

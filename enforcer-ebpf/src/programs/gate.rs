@@ -9,9 +9,7 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{__sk_buff, BPF_RB_AVAIL_DATA, bpf_sock};
-use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ringbuf_query, bpf_sk_fullsock, bpf_skb_load_bytes,
-};
+use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ringbuf_query, bpf_sk_fullsock, bpf_skb_load_bytes};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
@@ -21,7 +19,7 @@ use enforcer_common::flow::{Ctl, State};
 
 use super::punt::{self, Event};
 use super::sock_ops::{endpoint, v4, v6};
-use crate::kernel::{config, count, unread_bytes};
+use crate::kernel::{config, count, netns_cookie, unread_bytes};
 use crate::maps::{FLOWS, PUNTS};
 
 const PASS: i32 = 1;
@@ -149,8 +147,7 @@ fn report(ctx: &SkBuffContext, cookie: u64) {
     punt::event(Event {
         kind: PUNT_STRAY,
         cookie,
-        // SAFETY: the context is valid.
-        netns_cookie: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
+        netns_cookie: netns_cookie(ctx.as_ptr().cast()),
         endpoint_id: 0,
         reason: Counter::GateStray,
         interface: 0,

@@ -105,7 +105,9 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
         .override_global("RECEIVE_BUFFER_OFFSET", &offsets.receive_buffer, true)
         .override_global("SK_SOCKET_OFFSET", &offsets.socket, true)
         .override_global("SOCKET_FILE_OFFSET", &offsets.file, true)
-        .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true);
+        .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true)
+        .override_global("SOCK_NET_OFFSET", &offsets.net, true)
+        .override_global("NET_COOKIE_OFFSET", &offsets.net_cookie, true);
     for name in MAPS {
         loader.map_pin_path(name, pins.pin(name));
     }

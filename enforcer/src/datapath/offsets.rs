@@ -26,6 +26,10 @@ pub struct TcpOffsets {
     pub file: u32,
     /// `f_flags` in `struct file`: whether the server's descriptor is blocking.
     pub file_flags: u32,
+    /// `__sk_common.skc_net` in `struct sock`: its network namespace.
+    pub net: u32,
+    /// `net_cookie` in `struct net`.
+    pub net_cookie: u32,
 }
 
 /// Why the offsets are not known.
@@ -76,6 +80,9 @@ impl TcpOffsets {
             socket: offset("sock", "sk_socket")?,
             file: offset("socket", "file")?,
             file_flags: offset("file", "f_flags")?,
+            // A `struct sock` starts with its `struct sock_common`.
+            net: offset("sock_common", "skc_net")?,
+            net_cookie: offset("net", "net_cookie")?,
             receive_queue_len: offset("sock", "sk_receive_queue")? + offset("sk_buff_head", "qlen")?,
         })
     }
