@@ -73,6 +73,6 @@ pub fn of_head(buf: &mut HeadBuf, layout: &Layout, key: &DigestKey, endpoint_id:
         k += 1;
     }
     let at = HEAD_WORDS + LAYOUT_WORDS;
-    absorb(&mut digest, endpoint_id as u64 + 1, key.words[at], key.words[at + 1]);
+    absorb(&mut digest, u64::from(endpoint_id) + 1, key.words[at], key.words[at + 1]);
     digest
 }

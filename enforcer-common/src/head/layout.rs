@@ -67,7 +67,7 @@ impl Layout {
     #[inline(always)]
     pub const fn mask(&self, index: u32) -> (u32, u32) {
         // SAFETY: the masked index is at most 3. The verifier must see the mask, which the compiler drops from a checked access.
-        let word = unsafe { *self.words.as_ptr().add((index / 2 & 3) as usize) };
+        let word = unsafe { *self.words.as_ptr().add(((index / 2) & 3) as usize) };
         let both = (word >> (32 * (index & 1))) as u32;
         (both & 0xffff, both >> 16)
     }

@@ -48,7 +48,7 @@ impl Scan {
         Step::Stop
     }
 
-    /// First loop, at most [`MAX_BLOCKS`] steps: finds line feeds and the end of the head in block `index`.
+    /// First loop, at most [`super::MAX_BLOCKS`] steps: finds line feeds and the end of the head in block `index`.
     #[inline(always)]
     pub fn block(&mut self, buf: &mut HeadBuf, index: u32) -> Step {
         let base = index * BLOCK_BYTES as u32;
