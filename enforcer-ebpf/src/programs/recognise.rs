@@ -69,7 +69,7 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
         let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, digest);
         if content_length != IRREGULAR
             // SAFETY: verdicts are only replaced as a whole.
-            && let Some(verdict) = unsafe { VERDICTS.get(&*digest) }
+            && let Some(verdict) = unsafe { VERDICTS.get(*digest) }
         {
             return Ok(Head::Read(HeadInfo::new(&layout, content_length), Some(verdict)));
         }
@@ -93,7 +93,7 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
         return Ok(Head::Miss(Miss::Irregular));
     }
     // SAFETY: as above.
-    let verdict = unsafe { VERDICTS.get(&*digest) };
+    let verdict = unsafe { VERDICTS.get(*digest) };
     if verdict.is_some() {
         remember(flow, &layout);
     }

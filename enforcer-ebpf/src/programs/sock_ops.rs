@@ -76,7 +76,8 @@ fn established(ctx: &SockOpsContext) {
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let interface = interface(ctx);
     // Without a record the socket is guarded all the same: the judge drops what it has no record for.
-    if FLOWS.insert(cookie, &BLANK, 0).is_err() {
+    let blank: &Flow = &BLANK;
+    if FLOWS.insert(cookie, blank, 0).is_err() {
         count(Counter::FlowTableFull);
     }
     if let Some(flow) = FLOWS.get_ptr_mut(cookie) {
