@@ -68,8 +68,7 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
     if remembered(flow, unsafe { &*buf }, len, &mut layout) {
         let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, digest);
         if content_length != IRREGULAR
-            // SAFETY: verdicts are only replaced as a whole.
-            && let Some(verdict) = unsafe { VERDICTS.get(*digest) }
+            && let Some(verdict) = verdict_of(digest)
         {
             return Ok(Head::Read(HeadInfo::new(&layout, content_length), Some(verdict)));
         }
@@ -92,8 +91,7 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
     if content_length == IRREGULAR {
         return Ok(Head::Miss(Miss::Irregular));
     }
-    // SAFETY: as above.
-    let verdict = unsafe { VERDICTS.get(*digest) };
+    let verdict = verdict_of(digest);
     if verdict.is_some() {
         remember(flow, &layout);
     }
@@ -155,6 +153,12 @@ extern "C" fn mask_range(buf: *mut HeadBuf, from: u32, to: u32) -> u32 {
     }
     // SAFETY: as above.
     u32::from(mask_value(unsafe { &mut *buf }, from, to))
+}
+
+#[inline(always)]
+fn verdict_of(digest: &HeadDigest) -> Option<&'static Verdict> {
+    // SAFETY: verdicts are only replaced as a whole.
+    unsafe { VERDICTS.get(digest) }
 }
 
 fn acquire() -> Option<*mut Slot> {
