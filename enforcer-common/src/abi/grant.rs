@@ -62,7 +62,7 @@ pub struct Grant {
     pub generation: u64,
     /// Workload that the token is bound to; 0: any.
     pub workload_id: u64,
-    /// Number of the principal (issuer, subject, client).
+    /// Number of the principal (issuer, subject, client): a hash, so it outlives the daemon.
     pub principal_id: u64,
     /// `CLOCK_BOOTTIME` at which it was given, in nanoseconds.
     pub granted_ns: u64,

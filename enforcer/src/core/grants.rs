@@ -33,7 +33,6 @@ pub struct GrantTable {
     resting: VecDeque<(u64, u32)>,
     next_slot: u32,
     next_serial: u64,
-    principals: HashMap<crate::token::Principal, u64>,
 }
 
 impl GrantTable {
@@ -46,7 +45,6 @@ impl GrantTable {
             resting: VecDeque::new(),
             next_slot: 0,
             next_serial: first_serial,
-            principals: HashMap::new(),
         }
     }
 
@@ -91,14 +89,12 @@ impl GrantTable {
                 (slot, self.next_serial, 0)
             }
         };
-        let next_principal = self.principals.len() as u64 + 1;
-        let principal_id = *self.principals.entry(token.principal()).or_insert(next_principal);
         let grant = Grant {
             serial,
             deadline_ns,
             generation,
             workload_id: 0,
-            principal_id,
+            principal_id: token.principal().id(),
             granted_ns: now.boot_ns,
             expires_at_unix_secs: token.expires_at,
             requests,
@@ -151,9 +147,6 @@ impl GrantTable {
             self.by_deadline.pop_first();
             self.held.remove(&(fingerprint, server_id));
             self.resting.push_back((now.boot_ns.saturating_add(QUARANTINE_NS), slot));
-        }
-        if self.held.is_empty() {
-            self.principals.clear();
         }
     }
 }

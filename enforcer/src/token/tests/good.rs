@@ -35,6 +35,27 @@ fn principal_is_the_same_for_a_refreshed_token() {
 }
 
 #[test]
+fn a_principals_number_tells_its_parts_apart() {
+    let principal = |issuer: &str, subject: &str, client_id: Option<&str>| {
+        let client_id = client_id.map(str::to_owned);
+        Principal { issuer: issuer.into(), subject: subject.into(), client_id }.id()
+    };
+    let id = principal("i", "s", Some("c"));
+    assert_eq!(principal("i", "s", Some("c")), id);
+    let others = [
+        principal("is", "", Some("c")),
+        principal("", "is", Some("c")),
+        principal("i", "sc", Some("")),
+        principal("i", "s", Some("")),
+        principal("i", "s", None),
+    ];
+    for (at, other) in others.iter().enumerate() {
+        assert_ne!(*other, id);
+        assert!(!others[..at].contains(other));
+    }
+}
+
+#[test]
 fn client_is_client_id_then_azp() {
     let world = World::new();
     assert_eq!(world.with_claim("azp", &json!("z")).unwrap().client_id.as_deref(), Some("agent-1"));
