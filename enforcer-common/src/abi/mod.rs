@@ -58,6 +58,26 @@ pub mod map {
     pub const GRANT_LABELS: &str = "GRANT_LABELS";
     /// Labels of servers; no program reads it.
     pub const SERVER_LABELS: &str = "SERVER_LABELS";
+
+    /// All of them: what is pinned.
+    pub const ALL: &[&str] = &[
+        CONFIG,
+        DIGEST_KEY,
+        ENDPOINTS,
+        SOCKETS,
+        FLOWS,
+        VERDICTS,
+        GRANTS,
+        REPLIES,
+        COUNTERS,
+        REASONS,
+        PUNTS,
+        INJECTORS,
+        SINK,
+        SCRATCH,
+        GRANT_LABELS,
+        SERVER_LABELS,
+    ];
 }
 
 /// Asserts a type's size at compile time, and that no padding hides in it.

@@ -40,6 +40,11 @@ pub(super) fn remaining(secs: i64) -> String {
     if secs < 0 { format!("{shown} ago") } else { shown }
 }
 
+/// Bytes in MiB, with one decimal.
+pub(crate) fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
 /// An address of the ABI.
 pub(super) fn ip(key: &EndpointKey) -> IpAddr {
     let [a, b, c, d, ..] = key.addr;

@@ -24,9 +24,9 @@ use super::{Datapath, Endpoints, GrantTable, HandBack, KeyedVerifier, Now, Reply
 /// Bytes of one flow that may wait for a decision.
 const PARKED_MAX_BYTES: usize = 1 << 20;
 /// Bytes of all flows that may wait for a decision.
-const PARKED_TOTAL_MAX_BYTES: usize = 64 << 20;
+pub(super) const PARKED_TOTAL_MAX_BYTES: usize = 64 << 20;
 /// Flows that the engine follows.
-const FLOWS_MAX: usize = 65_536;
+pub(super) const FLOWS_MAX: usize = 65_536;
 /// How long a head may take to arrive, or its decision to be made.
 const HEAD_TIMEOUT_NS: u64 = 30_000_000_000;
 /// How long a closing answer may be read before the connection is destroyed.
@@ -176,6 +176,9 @@ struct Punted {
     /// The server's send sequence when the last bytes came.
     last_write_seq: u32,
 }
+
+/// Memory of one such flow: the record, its time limit, its key.
+pub(super) const FLOW_BYTES: u64 = (size_of::<Punted>() + 64) as u64;
 
 /// Random secrets of one load.
 pub struct Secrets {
@@ -370,6 +373,7 @@ impl Engine {
     fn forget(&mut self, cookie: u64) {
         if let Some(flow) = self.flows.remove(&cookie) {
             self.parked_bytes -= flow.parked.len();
+            self.timeouts.remove(&(flow.since_ns + HEAD_TIMEOUT_NS, cookie));
         }
     }
 
@@ -391,6 +395,7 @@ impl Engine {
         }
         if let Some(flow) = self.flows.get_mut(&cookie) {
             self.parked_bytes -= flow.parked.len();
+            self.timeouts.remove(&(flow.since_ns + HEAD_TIMEOUT_NS, cookie));
             flow.parked = Vec::new();
             flow.stage = Stage::Closing;
         }
@@ -497,6 +502,8 @@ impl Engine {
         let parked = match find_head_end(flow.parked.get(from..).unwrap_or_default()).map(|end| from + end) {
             Some(end) => {
                 self.parked_bytes -= flow.parked.len();
+                // Entries of decided heads would pile up until their time is over.
+                self.timeouts.remove(&(flow.since_ns + HEAD_TIMEOUT_NS, cookie));
                 flow.scanned = 0;
                 let parked = std::mem::take(&mut flow.parked);
                 (parked, end)

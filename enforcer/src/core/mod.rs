@@ -1,6 +1,7 @@
 //! The daemon's core: what happens to the bytes that the kernel hands over. No I/O, no clock: bytes, keys and the time go in,
 //! calls of a [`Datapath`] come out. In tests the datapath is a plain collection.
 
+mod bounds;
 mod endpoints;
 mod engine;
 mod grants;
@@ -9,6 +10,7 @@ mod replies;
 mod tests;
 mod verifier;
 
+pub use bounds::MEMORY_MAX_BYTES;
 pub use endpoints::{EndpointPolicy, Endpoints};
 pub use engine::{Engine, EngineError, KeyRequest, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantTable, QUARANTINE_NS};

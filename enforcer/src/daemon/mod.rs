@@ -16,7 +16,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use crate::core::{Engine, KeyRequest, Now};
+use crate::core::{Engine, KeyRequest, MEMORY_MAX_BYTES, Now};
+use crate::datapath::map_memory;
 use crate::keys::{BootInstant, KeyManager, KeyManagerHandle};
 use crate::lifecycle::lock::DaemonLock;
 use crate::lifecycle::{UnloadOptions, paths, unload};
@@ -105,6 +106,8 @@ async fn enforce(
         mode = ?policy.mode,
         cgroup = %cgroup.display(),
         pins = %pins.path().display(),
+        map_memory_bytes = map_memory(&pins).ok().map(|maps| maps.iter().map(|map| map.bytes).sum::<u64>()),
+        daemon_memory_max_bytes = MEMORY_MAX_BYTES,
         "ready"
     );
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -108,7 +108,7 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
         .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true)
         .override_global("SOCK_NET_OFFSET", &offsets.net, true)
         .override_global("NET_COOKIE_OFFSET", &offsets.net_cookie, true);
-    for name in MAPS {
+    for name in map::ALL {
         loader.map_pin_path(name, pins.pin(name));
     }
     let mut ebpf = loader.load(EBPF_OBJECT)?;
@@ -141,26 +141,6 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
     gate.pin(pins.pin("prog_gate")).map_err(|error| pin_error(pins.path(), &error))?;
     Ok(ebpf)
 }
-
-/// The maps that are pinned.
-const MAPS: &[&str] = &[
-    map::CONFIG,
-    map::DIGEST_KEY,
-    map::ENDPOINTS,
-    map::SOCKETS,
-    map::FLOWS,
-    map::VERDICTS,
-    map::GRANTS,
-    map::REPLIES,
-    map::COUNTERS,
-    map::REASONS,
-    map::PUNTS,
-    map::INJECTORS,
-    map::SINK,
-    map::SCRATCH,
-    map::GRANT_LABELS,
-    map::SERVER_LABELS,
-];
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
 where

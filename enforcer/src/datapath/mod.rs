@@ -4,12 +4,14 @@
 mod inject;
 mod load;
 mod maps;
+mod memory;
 mod netns;
 mod offsets;
 
 pub use inject::{InjectError, Injectors};
 pub use load::{LoadError, Loaded, load};
 pub use maps::{Live, LiveError, Maps};
+pub use memory::{MapMemory, map_memory};
 pub use netns::SocketDestroyer;
 pub use offsets::{OffsetError, TcpOffsets};
 

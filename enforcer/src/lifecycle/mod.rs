@@ -6,5 +6,7 @@ pub mod paths;
 #[cfg(test)]
 pub(crate) mod testing;
 mod unload;
+mod usage;
 
 pub use unload::{UnloadError, UnloadOptions, UnloadReport, unload};
+pub use usage::Usage;

@@ -12,8 +12,8 @@ mod verdicts;
 use super::exit::{NOT_LOADED, OK};
 use super::output::print;
 use super::{Global, live};
-use crate::datapath::LiveError;
-use crate::lifecycle::lock;
+use crate::datapath::{LiveError, map_memory};
+use crate::lifecycle::{Usage, lock};
 
 pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
     let pins = global.pins();
@@ -36,8 +36,13 @@ pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
         flows: live::flows(&live)?.len(),
         verdicts: live::verdicts(&live)?.len(),
         grants: live::grants(&live)?.len(),
+        memory: map_memory(&pins)?,
+        process: lock
+            .as_ref()
+            .filter(|lock| lock.held)
+            .and_then(|lock| Usage::of(lock.record.as_ref()?.pid).ok()),
     };
-    print(global.output, &status::Status::of(place, lock, &config, &used, live::now_ns()))?;
+    print(global.output, &status::Status::of(place, lock, &config, used, live::now_ns()))?;
     Ok(OK)
 }
 

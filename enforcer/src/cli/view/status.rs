@@ -1,5 +1,6 @@
 //! The enforcement as a whole.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use enforcer_common::abi::{
@@ -7,8 +8,10 @@ use enforcer_common::abi::{
 };
 use serde::Serialize;
 
-use crate::cli::format::{age_ms, duration};
+use crate::cli::format::{age_ms, duration, mebibytes};
 use crate::cli::output::{Render, pairs};
+use crate::datapath::MapMemory;
+use crate::lifecycle::Usage;
 use crate::lifecycle::lock::LockState;
 
 /// What the file system says.
@@ -24,6 +27,10 @@ pub(super) struct Used {
     pub(super) flows: usize,
     pub(super) verdicts: usize,
     pub(super) grants: usize,
+    /// Kernel memory of the maps, the largest first.
+    pub(super) memory: Vec<MapMemory>,
+    /// What the daemon's process holds, if it lives and may be looked at.
+    pub(super) process: Option<Usage>,
 }
 
 #[derive(Debug, Serialize)]
@@ -52,6 +59,8 @@ struct Daemon {
     heartbeat_limit_ms: Option<u64>,
     /// The policy that it runs, or that the last one ran.
     policy: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    process: Option<Usage>,
 }
 
 #[derive(Debug, Serialize)]
@@ -63,6 +72,8 @@ struct Loaded {
     flows: Table,
     verdicts: Table,
     grants: Table,
+    maps_bytes: u64,
+    maps: BTreeMap<&'static str, u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -94,6 +105,7 @@ impl Status {
                 heartbeat_age_ms: None,
                 heartbeat_limit_ms: None,
                 policy: record.and_then(|record| record.policy),
+                process: None,
             },
             loaded: None,
         }
@@ -103,7 +115,7 @@ impl Status {
         place: Place,
         lock: Option<LockState>,
         config: &Config,
-        used: &Used,
+        used: Used,
         now_ns: u64,
     ) -> Self {
         let state = state(&place, config);
@@ -122,6 +134,7 @@ impl Status {
                 heartbeat_age_ms: Some(age_ms(config.heartbeat_ns, now_ns)),
                 heartbeat_limit_ms: Some(age_ms(0, config.heartbeat_limit_ns)),
                 policy: lock.and_then(|lock| lock.record).and_then(|record| record.policy),
+                process: used.process,
             },
             loaded: Some(Loaded {
                 mode: mode(config.mode),
@@ -131,6 +144,8 @@ impl Status {
                 flows: Table { used: used.flows, capacity: MAX_FLOWS },
                 verdicts: Table { used: used.verdicts, capacity: MAX_VERDICTS },
                 grants: Table { used: used.grants, capacity: MAX_GRANTS },
+                maps_bytes: used.memory.iter().map(|map| map.bytes).sum(),
+                maps: used.memory.into_iter().map(|map| (map.name, map.bytes)).collect(),
             }),
         }
     }
@@ -175,6 +190,9 @@ impl Render for Status {
     fn text(&self) -> String {
         let mut rows = vec![("state", format!("{} ({})", self.state, meaning(self.state)))];
         rows.push(("daemon", self.daemon.text()));
+        if let Some(process) = &self.daemon.process {
+            rows.push(("resources", process.text()));
+        }
         if let Some(policy) = &self.daemon.policy {
             rows.push(("policy", policy.display().to_string()));
         }
@@ -187,6 +205,7 @@ impl Render for Status {
                 ("flows", loaded.flows.text()),
                 ("verdicts", loaded.verdicts.text()),
                 ("grants", loaded.grants.text()),
+                ("maps", format!("{} of kernel memory", mebibytes(loaded.maps_bytes))),
             ]);
         }
         let link = if self.link_pinned { "attached" } else { "not attached" };
@@ -224,7 +243,17 @@ mod tests {
     use super::*;
     use crate::lifecycle::lock::LockRecord;
 
-    const USED: Used = Used { flows: 3, verdicts: 2, grants: 1 };
+    fn used() -> Used {
+        let map = |name, bytes| MapMemory { name, bytes };
+        let memory = vec![map("FLOWS", 24 << 20), map("CONFIG", 4096)];
+        let process = Usage {
+            resident_bytes: 20 << 20,
+            resident_max_bytes: 200 << 20,
+            descriptors: 40,
+            descriptors_max: 1024,
+        };
+        Used { flows: 3, verdicts: 2, grants: 1, memory, process: Some(process) }
+    }
 
     fn place(link_pinned: bool) -> Place {
         Place { pin_directory: "/sys/fs/bpf/enforcer".into(), link_pinned }
@@ -237,11 +266,12 @@ mod tests {
 
     #[test]
     fn an_enforcing_status_shows_everything() {
-        let status = Status::of(place(true), lock(true), &config(), &USED, NOW_NS);
+        let status = Status::of(place(true), lock(true), &config(), used(), NOW_NS);
         assert_eq!(
             status.text(),
             "state        enforcing (requests without a valid token are refused)\n\
              daemon       alive (pid 42), last sign of life 400ms ago (limit 5s)\n\
+             resources    20.0 MiB of at most 200.0 MiB, 40 of 1024 file descriptors\n\
              policy       /etc/enforcer/policy.yaml\n\
              mode         enforce\n\
              loaded       1m30s ago\n\
@@ -250,18 +280,22 @@ mod tests {
              flows        3 of 65536\n\
              verdicts     2 of 65536\n\
              grants       1 of 65536\n\
+             maps         24.0 MiB of kernel memory\n\
              pins         /sys/fs/bpf/enforcer (attached)\n"
         );
         let json = serde_json::to_value(&status).unwrap();
         assert_eq!(json["enforcing"], true);
         assert_eq!(json["daemon"]["heartbeat_age_ms"], 400);
         assert_eq!(json["loaded"]["flows"]["capacity"], 65_536);
+        assert_eq!(json["loaded"]["maps_bytes"], (24 << 20) + 4096);
+        assert_eq!(json["loaded"]["maps"]["CONFIG"], 4096);
+        assert_eq!(json["daemon"]["process"]["descriptors"], 40);
     }
 
     #[test]
     fn every_state_but_enforcing_says_so() {
         let state = |linked, config: Config| {
-            let status = Status::of(place(linked), lock(true), &config, &USED, NOW_NS);
+            let status = Status::of(place(linked), lock(true), &config, used(), NOW_NS);
             assert_eq!(status.enforcing, status.state == "enforcing");
             status.state
         };
@@ -277,7 +311,7 @@ mod tests {
 
     #[test]
     fn a_daemon_lives_only_with_lock_and_heartbeat() {
-        let daemon = |lock, config: Config| Status::of(place(true), lock, &config, &USED, NOW_NS).daemon;
+        let daemon = |lock, config: Config| Status::of(place(true), lock, &config, used(), NOW_NS).daemon;
         let old = Config { heartbeat_ns: NOW_NS - 5_000_000_000, ..config() };
         assert!(daemon(lock(true), config()).alive);
         assert!(daemon(None, config()).alive);
