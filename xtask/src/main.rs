@@ -69,9 +69,15 @@ enum Task {
         /// Fewer rounds and smaller bodies.
         #[arg(long)]
         quick: bool,
+        /// Run the end-to-end tests on the daemon as it is released, not on the build with debug assertions.
+        #[arg(long)]
+        release: bool,
         /// Without root, run what can be run and count that as success.
         #[arg(long)]
         unprivileged: bool,
+        /// How long the soak test churns, in minutes [default: 45 seconds]; give the step as much and some more.
+        #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u64).range(1..=600))]
+        soak_minutes: Option<u64>,
         /// Wall-clock limit of each step, in seconds; a step over it is ended with all its processes.
         #[arg(long, value_name = "SECONDS", default_value_t = 900, value_parser = clap::value_parser!(u64).range(1..))]
         step_limit_s: u64,
@@ -120,9 +126,11 @@ fn run(task: Task) -> Result<()> {
             build::host(&workspace, release)
         }
         Task::Check => check::check(&workspace, &setup::ensure(&workspace)?),
-        Task::Test { quick, unprivileged, step_limit_s, filters } => {
+        Task::Test { quick, release, unprivileged, soak_minutes, step_limit_s, filters } => {
             let step_limit = Duration::from_secs(step_limit_s);
-            test::test(&workspace, &test::Options { quick, unprivileged, step_limit, filters })
+            let soak = soak_minutes.map(|minutes| Duration::from_secs(60 * minutes));
+            let options = test::Options { quick, release, unprivileged, soak, step_limit, filters };
+            test::test(&workspace, &options)
         }
         Task::Demo { arguments } => show::show(&workspace, "enforcer-demo", &arguments),
         Task::Bench { quick, json, arguments } => {

@@ -21,7 +21,7 @@ pub(crate) fn show(workspace: &Workspace, program: &str, arguments: &[OsString])
     build::host(workspace, true)?;
     let mut command = Command::new(workspace.binary("release", program));
     scrub(&mut command);
-    command.args(arguments).env(ENFORCER_VARIABLE, enforcer(workspace));
+    command.args(arguments).env(ENFORCER_VARIABLE, enforcer(workspace, true));
     eprintln!("$ {}", shown(&command));
     // The terminal is the program's: it may be asked to stop by Ctrl-C, and cleans up by itself.
     let status = command.status().with_context(|| format!("can't start `{}`", shown(&command)))?;

@@ -12,7 +12,7 @@ use crate::summary::{Tally, tally_step};
 use crate::workspace::{BPF_PACKAGE, TESTS_PACKAGE, Workspace};
 use crate::{build, check, probe, setup};
 
-/// Names the release build of the daemon to the end-to-end tests, the demo and the benchmark.
+/// Names the daemon's program to the end-to-end tests, the demo and the benchmark.
 pub(crate) const ENFORCER_VARIABLE: &str = "ENFORCER_BIN";
 
 /// A test that can't run here appends a line `name: reason` to this file and returns.
@@ -20,6 +20,9 @@ const SKIP_LOG_VARIABLE: &str = "ENFORCER_TEST_SKIP_LOG";
 
 /// Set to `1` by `--quick`: tests take fewer rounds and smaller bodies.
 const QUICK_VARIABLE: &str = "ENFORCER_TEST_QUICK";
+
+/// How long the soak test runs, in seconds.
+const SOAK_VARIABLE: &str = "ENFORCER_SOAK_SECS";
 
 /// Cases per property with `--quick`; proptest's own default is 256.
 const QUICK_PROPTEST_CASES: &str = "32";
@@ -29,8 +32,12 @@ const QUICK_PROPTEST_CASES: &str = "32";
 pub(crate) struct Options {
     /// Fewer rounds, smaller bodies.
     pub(crate) quick: bool,
+    /// Run the daemon as it is released, not the build with debug assertions.
+    pub(crate) release: bool,
     /// Leave out, without complaint, what only root can run.
     pub(crate) unprivileged: bool,
+    /// How long the soak test runs; its own default without it.
+    pub(crate) soak: Option<Duration>,
     /// Limit of each step.
     pub(crate) step_limit: Duration,
     /// Substrings of test names; empty means all.
@@ -98,8 +105,11 @@ impl<'a> Session<'a> {
         cargo
             .args(["test", "--no-fail-fast"])
             .args(selection)
-            .env(ENFORCER_VARIABLE, enforcer(self.workspace))
+            .env(ENFORCER_VARIABLE, enforcer(self.workspace, self.options.release))
             .env(SKIP_LOG_VARIABLE, &self.skip_log);
+        if let Some(soak) = self.options.soak {
+            cargo.env(SOAK_VARIABLE, soak.as_secs().to_string());
+        }
         if self.options.quick {
             cargo.env(QUICK_VARIABLE, "1").env("PROPTEST_CASES", QUICK_PROPTEST_CASES);
         }
@@ -144,8 +154,8 @@ impl<'a> Session<'a> {
         if names.is_empty() {
             return Ok(Privileged::Ran);
         }
-        eprintln!("\n== release build for the end-to-end tests");
-        build::host(self.workspace, true)?;
+        eprintln!("\n== the daemon for the end-to-end tests");
+        build::host(self.workspace, self.options.release)?;
         for name in names {
             self.step(&format!("end to end: {name}"), &["--package", TESTS_PACKAGE, "--test", name])?;
         }
@@ -183,9 +193,9 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The daemon as the end-to-end tests, the demo and the benchmark run it.
-pub(crate) fn enforcer(workspace: &Workspace) -> PathBuf {
-    workspace.binary("release", "enforcer")
+/// The daemon's program as the end-to-end tests, the demo and the benchmark run it.
+pub(crate) fn enforcer(workspace: &Workspace, release: bool) -> PathBuf {
+    workspace.binary(if release { "release" } else { "debug" }, "enforcer")
 }
 
 fn read_skips(log: &Path) -> Result<Vec<String>> {

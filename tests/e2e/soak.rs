@@ -1,0 +1,171 @@
+//! Everything that comes and goes does so for a while: connections, tokens, heads that stay halves, refusals, and the daemon itself.
+//! In the end memory is where it was, and nothing has leaked.
+//!
+//! A minute by default; `cargo xtask test --soak-minutes 10 soak` takes longer.
+
+#[allow(dead_code, reason = "each test program uses its part")]
+mod torture;
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use enforcer_tests::enforcement::Enforcement;
+use enforcer_tests::raw::Connection;
+use serde_json::Value;
+use torture::{Random, Scene, Sockets, post, wait_for_no_flows};
+
+/// How long, in seconds; `cargo xtask test --soak-minutes` sets it.
+const SECONDS_VARIABLE: &str = "ENFORCER_SOAK_SECS";
+const DEFAULT_SECONDS: u64 = 45;
+const CLIENTS: u64 = 8;
+/// What an allocator may keep between two looks at a process that does the same all the time.
+const SLACK_BYTES: u64 = 24 << 20;
+
+/// Memory and tables at one moment.
+#[derive(Debug)]
+struct Sample {
+    resident_bytes: u64,
+    resident_max_bytes: u64,
+    descriptors: u64,
+    maps_bytes: u64,
+    grants: u64,
+}
+
+impl Sample {
+    fn of(enforcement: &Enforcement) -> Result<Self> {
+        let status = enforcement.cli_json(&["status"])?;
+        let number = |path: &str| {
+            status.pointer(path).and_then(Value::as_u64).with_context(|| format!("no {path} in {status}"))
+        };
+        Ok(Self {
+            resident_bytes: number("/daemon/process/resident_bytes")?,
+            resident_max_bytes: number("/daemon/process/resident_max_bytes")?,
+            descriptors: number("/daemon/process/descriptors")?,
+            maps_bytes: number("/loaded/maps_bytes")?,
+            grants: number("/loaded/grants/used")?,
+        })
+    }
+}
+
+#[test]
+fn memory_is_flat_and_nothing_leaks_under_churn() -> Result<()> {
+    let seconds = match std::env::var(SECONDS_VARIABLE) {
+        Ok(text) => text.parse().with_context(|| format!("{SECONDS_VARIABLE}={text} is no number"))?,
+        Err(_) => DEFAULT_SECONDS,
+    };
+    let mut scene = Scene::new("soak", Duration::from_secs(seconds + 180))?;
+    scene.set_sockets(Sockets::NonBlocking);
+    let (addr, peer_issuer) = (scene.addr(), scene.issuer.clone());
+    let quiet = Sample::of(&scene.enforcement)?;
+    let (stop, answered) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (early, late, kills) = thread::scope(|scope| {
+        let running: Vec<_> = (0..CLIENTS)
+            .map(|number| {
+                let (stop, answered, issuer) = (&stop, &answered, &peer_issuer);
+                scope.spawn(move || {
+                    let tokens = || torture::good_token(issuer);
+                    let bad = || torture::bad_token(issuer);
+                    client(addr, number, stop, answered, &tokens, &bad)
+                })
+            })
+            .collect();
+        let outcome = churn(&mut scene, Duration::from_secs(seconds));
+        stop.store(true, Ordering::Release);
+        for client in running {
+            client.join().map_err(|_| anyhow!("a client panicked"))??;
+        }
+        outcome
+    })?;
+    wait_for_no_flows(&scene.enforcement)?;
+    let after = Sample::of(&scene.enforcement)?;
+    let answered = answered.into_inner();
+    println!("{answered} answers, {kills} kills\n{quiet:?}\n{early:?}\n{late:?}\n{after:?}");
+    ensure!(answered > 20 * seconds, "only {answered} answers");
+    ensure!(
+        late.resident_bytes < early.resident_bytes + early.resident_bytes / 4 + SLACK_BYTES,
+        "the daemon grew from {} to {} bytes",
+        early.resident_bytes,
+        late.resident_bytes
+    );
+    ensure!(late.resident_bytes < late.resident_max_bytes, "more memory than computed: {late:?}");
+    // A namespace's netlink socket may have come since.
+    ensure!(after.descriptors <= quiet.descriptors + 4, "descriptors leak: {quiet:?}, {after:?}");
+    ensure!(after.maps_bytes <= quiet.maps_bytes + 4096, "map memory leaks: {quiet:?}, {after:?}");
+    scene.check_alive()?;
+    let left = scene.enforcement.leftover_pins();
+    ensure!(left == [scene.enforcement.pins()], "pins leak: {left:?}");
+    ensure!(scene.enforcement.stop()?.success(), "the daemon did not end well");
+    let left = scene.enforcement.leftover_pins();
+    ensure!(left.is_empty(), "still pinned: {left:?}");
+    Ok(())
+}
+
+/// A third of the time the daemon is killed and started again; then it is left to live, and looked at early and late.
+fn churn(scene: &mut Scene, time: Duration) -> Result<(Sample, Sample, u32)> {
+    let start = Instant::now();
+    let mut kills = 0;
+    let mut random = Random::new(0x50a4);
+    while start.elapsed() < time / 3 {
+        thread::sleep(Duration::from_millis(500 + random.below(1500) as u64));
+        scene.enforcement.kill9()?;
+        kills += 1;
+        scene.enforcement.launch()?;
+    }
+    thread::sleep(time / 6);
+    let early = Sample::of(&scene.enforcement)?;
+    while start.elapsed() < time {
+        thread::sleep(Duration::from_millis(500));
+        let sample = Sample::of(&scene.enforcement)?;
+        ensure!(sample.resident_bytes < sample.resident_max_bytes, "more memory than computed: {sample:?}");
+    }
+    let late = Sample::of(&scene.enforcement)?;
+    ensure!(late.grants > 0, "nothing was granted: {late:?}");
+    Ok((early, late, kills))
+}
+
+/// Calls with fresh and known tokens, good and bad ones, leaves heads and bodies unfinished, closes and resets. A connection may be
+/// cut off at any time, but a bad token is never answered with 200, and a good one never with 401.
+fn client(
+    addr: SocketAddr,
+    number: u64,
+    stop: &AtomicBool,
+    answered: &AtomicU64,
+    good: &dyn Fn() -> Result<String>,
+    bad: &dyn Fn() -> Result<String>,
+) -> Result<()> {
+    let mut random = Random::new(0x50a + number);
+    let mut known = vec![(good()?, true), (bad()?, false)];
+    while !stop.load(Ordering::Acquire) {
+        let Ok(mut connection) = Connection::open(addr, Duration::from_secs(5)) else {
+            thread::sleep(Duration::from_millis(20));
+            continue;
+        };
+        for _ in 0..1 + random.below(12) {
+            let (token, allowed) = match random.below(4) {
+                0 => (good()?, true),
+                1 => (bad()?, false),
+                _ => random.pick(&known).clone(),
+            };
+            let request = post(&token).body(&random.bytes(random.clone().below(8_000))).build();
+            let keep = if random.below(10) == 0 { random.below(request.len()) } else { request.len() };
+            let part = request.get(..keep).unwrap_or_default();
+            let cut = random.segmentation(keep, 3);
+            if connection.send_segmented(part, &cut, Duration::ZERO).is_err() || keep < request.len() {
+                break;
+            }
+            let Ok(response) = connection.read_response() else { break };
+            let expected: &[u16] = if allowed { &[200, 503] } else { &[401, 503] };
+            ensure!(expected.contains(&response.status), "{} for allowed: {allowed}", response.status);
+            answered.fetch_add(1, Ordering::Relaxed);
+            known.truncate(8);
+            known.insert(0, (token, allowed));
+        }
+        if random.below(3) == 0 {
+            drop(connection.reset());
+        }
+    }
+    Ok(())
+}
