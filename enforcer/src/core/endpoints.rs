@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use enforcer_common::abi::{EndpointKey, FAMILY_V4, FAMILY_V6};
 
+use super::Numbers;
 use crate::policy::{Listen, Policy, Server};
 
 /// An endpoint and the servers behind it.
@@ -13,16 +14,16 @@ use crate::policy::{Listen, Policy, Server};
 pub struct EndpointPolicy {
     /// Its keys in the kernel's map.
     pub key: EndpointKey,
-    /// Servers that listen on it, with their numbers in the policy.
+    /// Servers that listen on it, with their numbers.
     pub servers: Vec<(u32, Arc<Server>)>,
 }
 
-/// All endpoints of a policy; the position is the endpoint's number.
+/// All endpoints of a policy, by number.
 #[derive(Debug, Clone, Default)]
-pub struct Endpoints(pub Vec<EndpointPolicy>);
+pub struct Endpoints(pub BTreeMap<u32, EndpointPolicy>);
 
 /// The kernel's keys of a listener: `::` accepts both families.
-fn keys(listen: Listen) -> Vec<EndpointKey> {
+pub(super) fn keys(listen: Listen) -> Vec<EndpointKey> {
     let v4 = |addr: Ipv4Addr| {
         let mut bytes = [0; 16];
         bytes[..4].copy_from_slice(&addr.octets());
@@ -38,28 +39,27 @@ fn keys(listen: Listen) -> Vec<EndpointKey> {
 }
 
 impl Endpoints {
-    /// The endpoints of a policy. An endpoint's servers are all whose listeners cover it: a connection to `127.0.0.1:80` reaches
-    /// who listens there and who listens on `0.0.0.0:80` or `[::]:80`.
+    /// The endpoints of a policy under the numbers that were given for it. An endpoint's servers are all whose listeners cover it: a
+    /// connection to `127.0.0.1:80` reaches who listens there and who listens on `0.0.0.0:80` or `[::]:80`.
     #[must_use]
-    pub fn of(policy: &Policy) -> Self {
-        let mut endpoints = BTreeMap::new();
-        for listen in policy.servers.iter().flat_map(|server| &server.listen) {
-            for key in keys(*listen) {
-                endpoints.entry(key).or_insert_with(Vec::new);
-            }
-        }
-        for (key, servers) in &mut endpoints {
-            for (id, server) in policy.servers.iter().enumerate() {
-                let covers = server
-                    .listen
-                    .iter()
-                    .flat_map(|listen| keys(*listen))
-                    .any(|listen| listen == *key || listen == key.wildcard());
-                if covers {
-                    servers.push((id as u32, Arc::clone(server)));
-                }
-            }
-        }
-        Self(endpoints.into_iter().map(|(key, servers)| EndpointPolicy { key, servers }).collect())
+    pub fn of(policy: &Policy, numbers: &Numbers) -> Self {
+        let covers = |server: &Server, key: &EndpointKey| {
+            let mut own = server.listen.iter().flat_map(|listen| keys(*listen));
+            own.any(|listen| listen == *key || listen == key.wildcard())
+        };
+        let endpoint = |key: EndpointKey| {
+            let servers = policy.servers.iter().filter(|server| covers(server, &key));
+            let numbered =
+                servers.filter_map(|server| Some((numbers.server(&server.name)?, Arc::clone(server))));
+            EndpointPolicy { key, servers: numbered.collect() }
+        };
+        Self(numbers.endpoints().map(|(key, id)| (id, endpoint(key))).collect())
+    }
+
+    /// A server on any of the endpoints.
+    #[must_use]
+    pub fn server(&self, server_id: u32) -> Option<&Arc<Server>> {
+        let mut servers = self.0.values().flat_map(|endpoint| &endpoint.servers);
+        servers.find(|(id, _)| *id == server_id).map(|(_, server)| server)
     }
 }

@@ -73,6 +73,9 @@ pub enum EngineError {
     /// The head did not arrive in time.
     #[error("head-timeout")]
     HeadTimeout,
+    /// The policy does not name the connection's endpoint any more.
+    #[error("endpoint-removed")]
+    EndpointRemoved,
 }
 
 impl EngineError {
@@ -87,6 +90,7 @@ impl EngineError {
             Self::InjectFailed => "inject-failed",
             Self::NotHttp => "not-http",
             Self::HeadTimeout => "head-timeout",
+            Self::EndpointRemoved => "endpoint-removed",
         }
     }
 }
@@ -519,7 +523,7 @@ impl Engine {
         let (bytes, end) = parked;
         let (head_bytes, rest) = bytes.split_at(end);
         let endpoint_id = flow.endpoint_id;
-        let endpoint = self.endpoints.0.get(endpoint_id as usize).ok_or(EngineError::RecordLost)?;
+        let endpoint = self.endpoints.0.get(&endpoint_id).ok_or(EngineError::EndpointRemoved)?;
         let servers: Vec<&Server> = endpoint.servers.iter().map(|(_, server)| server.as_ref()).collect();
         let server_id = |index: usize| endpoint.servers.get(index).map(|(id, _)| *id);
         let verifier = KeyedVerifier { keys, now_unix_secs: now.unix_secs };

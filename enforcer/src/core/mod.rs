@@ -5,6 +5,7 @@ mod bounds;
 mod endpoints;
 mod engine;
 mod grants;
+mod numbers;
 mod replies;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ pub use bounds::MEMORY_MAX_BYTES;
 pub use endpoints::{EndpointPolicy, Endpoints};
 pub use engine::{Engine, EngineError, KeyRequest, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantTable, QUARANTINE_NS};
+pub use numbers::{Numbers, NumbersError};
 pub use replies::ReplyTable;
 pub use verifier::KeyedVerifier;
 

@@ -126,7 +126,7 @@ impl Bench {
         };
         let secrets = Secrets { digest: key.clone(), fingerprint: Fingerprinter::new([1; 32]) };
         Self {
-            engine: Engine::new(Endpoints(vec![endpoint]), GENERATION, 100, secrets),
+            engine: Engine::new(Endpoints(BTreeMap::from([(0, endpoint)])), GENERATION, 100, secrets),
             fake: Fake::default(),
             keys: world.keys(),
             token: world.token(),

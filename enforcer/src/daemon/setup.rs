@@ -10,7 +10,7 @@ use std::time::Duration;
 use tracing::info;
 
 use super::kernel::Kernel;
-use crate::core::{Endpoints, Engine, Secrets};
+use crate::core::{Endpoints, Engine, Numbers, Secrets};
 use crate::datapath::{self, Injectors, Maps, PinDir};
 use crate::http::answer;
 use crate::lifecycle::{UnloadOptions, unload};
@@ -42,7 +42,8 @@ pub(super) fn bring_up(
     let now_ns = super::now().boot_ns;
     // Grants and verdicts of another load are in other maps; a generation from the clock keeps even a mix-up harmless.
     let generation = now_ns;
-    let endpoints = Endpoints::of(policy);
+    let numbers = Numbers::default().next(policy)?;
+    let endpoints = Endpoints::of(policy, &numbers);
     let mut engine = Engine::new(endpoints.clone(), generation, now_ns, secrets);
     let mut kernel = Kernel::new(maps, injectors);
     let unavailable = answer::unavailable("daemon-unavailable", UNAVAILABLE_RETRY_SECS).finish("POST");
@@ -50,7 +51,8 @@ pub(super) fn bring_up(
         .replies()
         .id(&unavailable, &mut kernel)
         .context("the answer for a dead daemon has no template")?;
-    for (id, server) in policy.servers.iter().enumerate() {
+    for server in &policy.servers {
+        let Some(id) = numbers.server(&server.name) else { continue };
         let listen: Vec<String> = server.listen.iter().map(ToString::to_string).collect();
         let label = ServerLabel {
             name: text(&server.name),
@@ -58,11 +60,10 @@ pub(super) fn bring_up(
             path: text(&server.path),
             listen: text(&listen.join(", ")),
         };
-        kernel.maps().set_server_label(id as u32, &label)?;
+        kernel.maps().set_server_label(id, &label)?;
     }
-    for (id, endpoint) in endpoints.0.iter().enumerate() {
-        let value = Endpoint { endpoint_id: id as u32, unavailable_reply_id };
-        kernel.maps().set_endpoint(endpoint.key, value)?;
+    for (key, endpoint_id) in numbers.endpoints() {
+        kernel.maps().set_endpoint(key, Endpoint { endpoint_id, unavailable_reply_id })?;
     }
     kernel.maps().set_config(Config {
         abi_version: ABI_VERSION,
