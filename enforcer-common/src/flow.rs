@@ -6,6 +6,8 @@
 //! daemon has been given, and has injected, every byte that was punted. Nothing else makes the kernel pass bytes again, so
 //! a byte can neither be lost nor overtake another.
 
+use crate::abi::{FLOW_GRANTS, grant_bit};
+
 /// What happens to the next bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -137,12 +139,52 @@ pub const fn answered(first: bool, mark: u32, write_seq: u32, acknowledged_seq: 
     first || (write_seq != mark && acknowledged_seq == write_seq)
 }
 
+/// Notes that a request used a grant: the grants that a flow used last, the last one first, and the bits of those that had to
+/// make room. So it can be told which streams may belong to a token, also on a connection that carries several: never a token too
+/// few, and none too many as long as a connection has [`FLOW_GRANTS`].
+#[inline(always)]
+pub const fn use_grant(grants: &mut [u64; FLOW_GRANTS], evicted: &mut u64, serial: u64) {
+    let [first, second, third, fourth] = *grants;
+    if serial == first {
+        return;
+    }
+    *grants = if serial == second {
+        [serial, first, third, fourth]
+    } else if serial == third {
+        [serial, first, second, fourth]
+    } else {
+        if serial != fourth && fourth != 0 {
+            *evicted |= grant_bit(fourth);
+        }
+        [serial, first, second, third]
+    };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     proptest! {
+        /// Every grant that was used is remembered, one by one or by its bit; the last is first, and none is there twice.
+        #[test]
+        fn no_grant_that_was_used_is_forgotten(numbers in prop::collection::vec(1_u64..12, 1..60)) {
+            let (mut grants, mut evicted) = ([0; FLOW_GRANTS], 0);
+            let mut used = std::collections::BTreeSet::new();
+            for number in numbers {
+                let serial = crate::abi::grant_serial(number, number as u32 * 7);
+                use_grant(&mut grants, &mut evicted, serial);
+                used.insert(serial);
+                prop_assert_eq!(grants[0], serial);
+                prop_assert!(used.iter().all(|serial| grants.contains(serial) || evicted & grant_bit(*serial) != 0));
+                let kept: std::collections::BTreeSet<_> = grants.iter().filter(|serial| **serial != 0).collect();
+                prop_assert_eq!(kept.len(), used.len().min(FLOW_GRANTS));
+                if used.len() <= FLOW_GRANTS {
+                    prop_assert_eq!(evicted, 0);
+                }
+            }
+        }
+
         #[test]
         fn ctl_round_trips(epoch in 0_u32..=0xffff, punted in 0..=PUNTED_MAX_BYTES) {
             let ctl = Ctl::new(State::Punted, epoch, punted);

@@ -81,6 +81,7 @@ mod tests {
             principal_id: 1,
             granted_ns: 0,
             expires_at_unix_secs: 0,
+            ends_at_unix_secs: 0,
             requests: 0,
             fingerprint: [0; 16],
             buckets: [0; 8],

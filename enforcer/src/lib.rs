@@ -11,4 +11,5 @@ pub mod http;
 pub mod keys;
 pub mod lifecycle;
 pub mod policy;
+pub mod revocation;
 pub mod token;

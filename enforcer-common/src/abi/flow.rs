@@ -6,6 +6,9 @@ use crate::head::LAYOUT_WORDS;
 /// Layouts of heads that a flow remembers: an agent's calls come in a few shapes.
 pub const FLOW_LAYOUTS: usize = 4;
 
+/// Grants that a flow remembers one by one: several tokens on one connection are rare.
+pub const FLOW_GRANTS: usize = 4;
+
 /// The flow was tagged in observe mode: nothing on it is refused.
 pub const FLOW_OBSERVE: u32 = 1;
 /// The flow was punted at least once: the daemon may hold state for it.
@@ -31,12 +34,14 @@ pub struct Flow {
     pub flags: u32,
     /// The protected endpoint.
     pub endpoint_id: u32,
-    /// Slot of the last grant that a request on this flow used, plus one; 0: none.
-    pub last_grant: u32,
+    /// Index in `REPLIES` of the endpoint's answer while no daemon lives.
+    pub unavailable_reply_id: u32,
     /// Heads allowed on the fast path.
     pub allowed: u64,
     /// Where in `layouts` the next one goes. Wraps.
     pub next_layout: u64,
+    /// Serials of the last grants that requests on this flow used, the last one first; 0: none. See [`crate::flow::use_grant`].
+    pub grants: [u64; FLOW_GRANTS],
     /// Layouts of the last known heads of different layout: see [`crate::head::Layout`].
     pub layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS],
     /// Bytes left of the body in states `BODY` and `DISCARD`.
@@ -59,17 +64,19 @@ pub struct Flow {
     pub local: EndpointKey,
     /// The client's end.
     pub peer: EndpointKey,
-    /// Index in `REPLIES` of the endpoint's answer while no daemon lives.
-    pub unavailable_reply_id: u32,
+    /// Which grants are no longer in `grants`: bit `n` stands for all whose [`super::grant_bit`] is `n`.
+    pub evicted_grants: u64,
     /// Uid of the caller where it is known, else `u32::MAX`.
     pub caller_uid: u32,
     /// Interface that the server's socket is bound to; 0: none.
     pub interface: u32,
     /// Bytes that were dropped without waking the server; the kernel goes on counting them as unread. Wraps.
     pub swallowed_bytes: u32,
+    /// Zero.
+    pub zero: u32,
 }
-assert_layout!(Flow, 304, [
-    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, last_grant: u32, allowed: u64, next_layout: u64, layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, unavailable_reply_id: u32, caller_uid: u32, interface: u32, swallowed_bytes: u32,
+assert_layout!(Flow, 344, [
+    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, caller_uid: u32, interface: u32, swallowed_bytes: u32, zero: u32,
 ]);
 
 /// Size of `FLOWS`.

@@ -49,12 +49,13 @@ pub const GRANT_BUCKETS: usize = 8;
 
 /// A token's right to call a server: `GRANTS`, an array by slot. Writer: the daemon. Readers: judge and CLI.
 ///
+/// A grant whose time is over keeps its slot while a flow names its serial: whoever looks for streams that must end finds it there.
 /// A slot is used again only a while after its grant was voided (`serial` 0), so that a program which still reads the
 /// old grant never sees half of a new one. 65,536 entries: an array lookup is inlined, a hash lookup is not.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grant {
-    /// Unique number; 0: the slot is free.
+    /// Unique number with the slot in its low bits ([`grant_slot`]); 0: the slot is free.
     pub serial: u64,
     /// `CLOCK_BOOTTIME` after which nothing is allowed, in nanoseconds.
     pub deadline_ns: u64,
@@ -68,6 +69,8 @@ pub struct Grant {
     pub granted_ns: u64,
     /// The token's `exp`, in Unix seconds.
     pub expires_at_unix_secs: u64,
+    /// When the token is refused, in Unix seconds: its `exp` plus the leeway. Streams that it opened end then.
+    pub ends_at_unix_secs: u64,
     /// Requests allowed by it in the kernel. Writer: judge.
     pub requests: u64,
     /// Keyed fingerprint of the token.
@@ -76,16 +79,43 @@ pub struct Grant {
     pub buckets: [u32; GRANT_BUCKETS],
     /// Number of the server.
     pub server_id: u32,
-    /// Not 0: revoked.
+    /// `REVOKED_*`; 0: it is not revoked. Writers: the daemon and the CLI.
     pub revoked: u32,
 }
-assert_layout!(Grant, 120, [
+assert_layout!(Grant, 128, [
     serial: u64, deadline_ns: u64, generation: u64, workload_id: u64, principal_id: u64, granted_ns: u64,
-    expires_at_unix_secs: u64, requests: u64, fingerprint: [u8; 16], buckets: [u32; GRANT_BUCKETS], server_id: u32,
+    expires_at_unix_secs: u64, ends_at_unix_secs: u64, requests: u64, fingerprint: [u8; 16], buckets: [u32; GRANT_BUCKETS], server_id: u32,
     revoked: u32,
 ]);
 
 /// Size of `VERDICTS`.
 pub const MAX_VERDICTS: u32 = 65_536;
 /// Size of `GRANTS`.
-pub const MAX_GRANTS: u32 = 65_536;
+pub const MAX_GRANTS: u32 = 1 << GRANT_SLOT_BITS;
+/// Low bits of a serial that are its slot.
+pub const GRANT_SLOT_BITS: u32 = 16;
+
+/// [`Grant::revoked`]: by an operator.
+pub const REVOKED_BY_OPERATOR: u32 = 1;
+/// [`Grant::revoked`]: a later policy does not allow it.
+pub const REVOKED_BY_POLICY: u32 = 2;
+
+/// The slot of the grant with this serial.
+#[must_use]
+#[inline(always)]
+pub const fn grant_slot(serial: u64) -> u32 {
+    serial as u32 & (MAX_GRANTS - 1)
+}
+
+/// Serial number `number`, which must not be 0, in this slot.
+#[must_use]
+pub const fn grant_serial(number: u64, slot: u32) -> u64 {
+    number << GRANT_SLOT_BITS | slot as u64
+}
+
+/// The bit of [`super::Flow::evicted_grants`] that stands for a grant, and for one in 64 of the others.
+#[must_use]
+#[inline(always)]
+pub const fn grant_bit(serial: u64) -> u64 {
+    1 << ((serial >> GRANT_SLOT_BITS) & 63)
+}

@@ -6,6 +6,9 @@ use super::assert_layout;
 /// Bytes of a text, zero-padded, cut at a character boundary.
 pub type Text<const N: usize> = [u8; N];
 
+/// Stands for a whole text where [`Text`] holds only its beginning: SHA-256, cut to 128 bits.
+pub type NameHash = [u8; 16];
+
 /// Names of a grant: `GRANT_LABELS`, an array by the grant's slot. Writer: the daemon. Reader: the CLI.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,8 +21,24 @@ pub struct GrantLabel {
     pub subject: Text<128>,
     /// `client_id` or `azp`; empty where the token has neither.
     pub client_id: Text<80>,
+    /// The token's `iat`, in Unix seconds; 0: it has none.
+    pub issued_at_unix_secs: u64,
+    /// Hash of the issuer's name in the policy.
+    pub issuer_name_hash: NameHash,
+    /// Hash of the issuer identifier (`iss`).
+    pub issuer_hash: NameHash,
+    /// Hash of the subject.
+    pub subject_hash: NameHash,
+    /// Hash of the client's id; zero where the token has none.
+    pub client_hash: NameHash,
+    /// Hash of the server's name.
+    pub server_hash: NameHash,
 }
-assert_layout!(GrantLabel, 256, [serial: u64, issuer: Text<40>, subject: Text<128>, client_id: Text<80>]);
+assert_layout!(GrantLabel, 344, [
+    serial: u64, issuer: Text<40>, subject: Text<128>, client_id: Text<80>, issued_at_unix_secs: u64,
+    issuer_name_hash: NameHash, issuer_hash: NameHash, subject_hash: NameHash, client_hash: NameHash,
+    server_hash: NameHash,
+]);
 
 /// Names of a server: `SERVER_LABELS`, an array by server number. Writer: the daemon. Reader: the CLI.
 #[repr(C)]

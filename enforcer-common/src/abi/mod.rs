@@ -22,7 +22,7 @@ pub use punt::*;
 pub use reply::*;
 
 /// Version of everything in this module. It moves when a layout or the meaning of a field does.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Names of the maps, as the loader, the pins and the CLI know them.
 pub mod map {

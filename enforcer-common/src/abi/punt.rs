@@ -98,18 +98,16 @@ pub struct InjectHeader {
     pub remaining_bytes: u64,
     /// `INJECT_HAND_BACK`: `Flow::chunked`.
     pub chunked: u64,
+    /// `INJECT_HAND_BACK`: serial of the grant that the request used; 0: none.
+    pub grant_serial: u64,
     /// `INJECT_*`.
     pub kind: u32,
-    /// Slot of the grant that the request used, plus one; 0: none.
-    pub last_grant: u32,
     /// `INJECT_HAND_BACK`: `Flow::write_seq_mark`.
     pub write_seq_mark: u32,
-    /// Zero.
-    pub zero: u32,
 }
 assert_layout!(InjectHeader, 56, [
-    cookie: u64, expected_ctl: u64, new_ctl: u64, remaining_bytes: u64, chunked: u64, kind: u32, last_grant: u32,
-    write_seq_mark: u32, zero: u32,
+    cookie: u64, expected_ctl: u64, new_ctl: u64, remaining_bytes: u64, chunked: u64, grant_serial: u64, kind: u32,
+    write_seq_mark: u32,
 ]);
 
 /// Entries of `INJECTORS`.

@@ -14,6 +14,7 @@ use enforcer_common::abi::{
 };
 use enforcer_common::flow::{Ctl, State};
 
+use super::use_grant;
 use crate::kernel::{CtlCell, count};
 use crate::maps::{FLOWS, SINK, SOCKETS};
 
@@ -65,8 +66,8 @@ fn hand_back(header: &InjectHeader) -> u32 {
         (&raw mut (*flow).remaining_bytes).write_volatile(header.remaining_bytes);
         (&raw mut (*flow).chunked).write_volatile(header.chunked);
         (&raw mut (*flow).write_seq_mark).write_volatile(header.write_seq_mark);
-        if header.last_grant != 0 {
-            (&raw mut (*flow).last_grant).write_volatile(header.last_grant);
+        if header.grant_serial != 0 {
+            use_grant(flow, header.grant_serial);
         }
         CtlCell::new(&raw mut (*flow).ctl)
     };

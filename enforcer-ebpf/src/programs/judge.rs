@@ -14,6 +14,7 @@ use enforcer_common::verdict::{self, Known};
 
 use super::punt::{self, Event, Handed};
 use super::recognise::{self, Head};
+use super::use_grant;
 use crate::kernel::{CtlCell, Skb, config, count, now_ns, repeat};
 use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
 
@@ -178,7 +179,9 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
             if let Some(grant) = grant {
                 // SAFETY: as above. The count may lose one when two CPUs use a grant at once; nothing is decided by it.
                 unsafe { (*grant).requests = (*grant).requests.wrapping_add(1) };
-                flow.last_grant = verdict.index + 1;
+                if flow.grants[0] != verdict.grant_serial {
+                    use_grant(&raw mut *flow, verdict.grant_serial);
+                }
             }
             flow.allowed += 1;
             pass_request(input, info, counter)

@@ -11,8 +11,8 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use enforcer_common::abi::{
-    Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_LAYOUTS, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow,
-    MODE_OBSERVE, PUNT_CLOSED, PUNT_FENCED,
+    Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_GRANTS, FLOW_LAYOUTS, FLOW_OBSERVE,
+    FLOW_PUNTED_ONCE, Flow, MODE_OBSERVE, PUNT_CLOSED, PUNT_FENCED,
 };
 use enforcer_common::flow::{Ctl, State};
 use enforcer_common::head::Layout;
@@ -44,7 +44,9 @@ static BLANK: Flow = Flow {
     unavailable_reply_id: 0,
     flags: 0,
     write_seq_mark: 0,
-    last_grant: 0,
+    grants: [0; FLOW_GRANTS],
+    evicted_grants: 0,
+    zero: 0,
     caller_uid: u32::MAX,
     interface: 0,
     swallowed_bytes: 0,

@@ -17,9 +17,9 @@ use crate::http::answer::Answer;
 use crate::http::head::{DEFAULT_MAX_HEAD_BYTES, Framing, HeadError, find_head_end, may_become_head};
 use crate::keys::KeySnapshot;
 use crate::policy::Server;
-use crate::token::{Fingerprinter, VerifiedToken};
+use crate::token::Fingerprinter;
 
-use super::{Datapath, Endpoints, GrantTable, HandBack, KeyedVerifier, Now, ReplyTable};
+use super::{Datapath, Endpoints, GrantFor, GrantTable, HandBack, KeyedVerifier, Now, ReplyTable, Sweeper};
 
 /// Bytes of one flow that may wait for a decision.
 const PARKED_MAX_BYTES: usize = 1 << 20;
@@ -38,6 +38,8 @@ const ANSWERS_MAX: u32 = 128;
 const SHORT_NS: u64 = 2_000_000_000;
 /// How long the kernel repeats a refusal that only policy changes.
 const LONG_NS: u64 = 3_600_000_000_000;
+/// `Retry-After` where a table is full.
+const RETRY_AFTER_SECS: u32 = 5;
 /// Refusals that are logged one by one between two ticks.
 const LOG_LINES_MAX: u32 = 50;
 /// How often flows are looked for whose end the kernel could not report.
@@ -147,11 +149,11 @@ enum Stage {
     /// The head is there, its token's key is being fetched.
     Waiting,
     /// The body goes to the server.
-    Pass { server_id: u32, body: Body, last_grant: u32 },
+    Pass { server_id: u32, body: Body, grant_serial: u64 },
     /// The body is dropped.
     Discard { body: Body },
     /// The request is over; what follows is the next one's head.
-    Done { last_grant: u32 },
+    Done { grant_serial: u64 },
     /// Nothing more goes anywhere.
     Closing,
 }
@@ -198,6 +200,7 @@ pub struct Engine {
     generation: u64,
     secrets: Secrets,
     grants: GrantTable,
+    sweeper: Sweeper,
     replies: ReplyTable,
     flows: HashMap<u64, Punted>,
     parked_bytes: usize,
@@ -219,6 +222,7 @@ impl Engine {
             generation,
             secrets,
             grants: GrantTable::new(first_serial),
+            sweeper: Sweeper::default(),
             replies: ReplyTable::default(),
             flows: HashMap::new(),
             parked_bytes: 0,
@@ -350,7 +354,7 @@ impl Engine {
                 self.give_up(cookie, netns_cookie, EngineError::HeadTimeout, datapath);
             }
         }
-        self.grants.sweep(now, datapath);
+        self.sweeper.tick(now, &mut self.grants, datapath);
         self.log.refill();
         if now.boot_ns >= self.next_sweep_ns {
             self.next_sweep_ns = now.boot_ns + SWEEP_NS;
@@ -530,11 +534,19 @@ impl Engine {
         let options = Options { key_lookup, ..Options::default() };
         match authz::decide(head_bytes, &servers, &verifier, &options) {
             Decision::Allow { server_index, verified, token, framing, cacheable, .. } => {
-                let server_id = server_id(server_index).ok_or(EngineError::RecordLost)?;
-                let last_grant = self.allow(
-                    cookie, head_bytes, &verified, token, server_id, framing, cacheable, now, datapath,
-                );
-                self.pass(cookie, server_id, last_grant, head_bytes, rest, framing, datapath)
+                let (server_id, server) =
+                    endpoint.servers.get(server_index).ok_or(EngineError::RecordLost)?.clone();
+                let ask = GrantFor {
+                    token: &verified,
+                    fingerprint: self.secrets.fingerprint.fingerprint(token.as_bytes()),
+                    server_id,
+                    server: &server.name,
+                    generation: self.generation,
+                };
+                match self.allow(cookie, head_bytes, ask, framing, cacheable, now, datapath) {
+                    Some(serial) => self.pass(cookie, server_id, serial, head_bytes, rest, framing, datapath),
+                    None => self.no_grant(cookie, framing, datapath),
+                }
             }
             Decision::Public { server_index, framing, cacheable, .. } => {
                 let server_id = server_id(server_index).ok_or(EngineError::RecordLost)?;
@@ -588,41 +600,53 @@ impl Engine {
         }
     }
 
-    /// Writes grant and verdict; the grant's slot plus one, or 0.
+    /// Writes grant and verdict; the grant's serial. `None`: there is no grant, so the request must not pass.
     #[expect(clippy::too_many_arguments, reason = "one call, all of it needed")]
     fn allow<D: Datapath>(
         &mut self,
         cookie: u64,
         head_bytes: &[u8],
-        verified: &VerifiedToken,
-        token: &str,
-        server_id: u32,
+        ask: GrantFor<'_>,
         framing: Framing,
         cacheable: bool,
         now: Now,
         datapath: &mut D,
-    ) -> u32 {
-        let fingerprint = self.secrets.fingerprint.fingerprint(token.as_bytes());
-        let Some(endpoint_id) = self.flows.get(&cookie).map(|flow| flow.endpoint_id) else { return 0 };
-        let granted = self.grants.grant(verified, fingerprint, server_id, self.generation, now, datapath);
+    ) -> Option<u64> {
+        let endpoint_id = self.flows.get(&cookie)?.endpoint_id;
+        let granted = self.grants.grant(ask, now, datapath)?;
         if tracing::enabled!(tracing::Level::DEBUG) {
             debug!(
-                %fingerprint,
-                issuer = verified.issuer.name,
-                subject = verified.subject,
-                client_id = verified.client_id,
-                server_id,
+                fingerprint = %ask.fingerprint,
+                issuer = ask.token.issuer.name,
+                subject = ask.token.subject,
+                client_id = ask.token.client_id,
+                server = ask.server,
                 peer = datapath.peer(cookie),
                 "allowed"
             );
         }
         datapath.count("allowed");
-        let Some(granted) = granted else { return 0 };
         if cacheable {
-            let verdict = (VERDICT_ALLOW, granted.slot, granted.serial, granted.deadline_ns, server_id);
+            let verdict = (VERDICT_ALLOW, granted.slot, granted.serial, granted.deadline_ns, ask.server_id);
             self.write_verdict(head_bytes, endpoint_id, framing, verdict, datapath);
         }
-        granted.slot + 1
+        Some(granted.serial)
+    }
+
+    /// 503: a good request whose grant can't be written. It must not pass: nothing could end what it opens.
+    fn no_grant<D: Datapath>(
+        &mut self,
+        cookie: u64,
+        framing: Framing,
+        datapath: &mut D,
+    ) -> Result<(), EngineError> {
+        let reason = "grant-table-full";
+        datapath.count(reason);
+        if self.log.admit() {
+            warn!(reason, peer = datapath.peer(cookie), "refused");
+        }
+        let answer = crate::http::answer::unavailable(reason, RETRY_AFTER_SECS).closing().finish("POST");
+        self.answer(cookie, &answer, Some(framing), datapath)
     }
 
     /// Lets the kernel repeat a refusal, where it can.
@@ -692,7 +716,7 @@ impl Engine {
         &mut self,
         cookie: u64,
         server_id: u32,
-        last_grant: u32,
+        grant_serial: u64,
         head_bytes: &[u8],
         rest: &[u8],
         framing: Framing,
@@ -706,14 +730,14 @@ impl Engine {
         if taken < rest.len() {
             return Err(EngineError::Pipelined);
         }
-        flow.stage = Stage::Pass { server_id, body, last_grant };
+        flow.stage = Stage::Pass { server_id, body, grant_serial };
         if rest.is_empty() {
             flow.send(cookie, server_id, head_bytes, datapath)?;
         } else {
             flow.send(cookie, server_id, &[head_bytes, rest].concat(), datapath)?;
         }
         if end || body == Body::Length(0) {
-            flow.stage = Stage::Done { last_grant };
+            flow.stage = Stage::Done { grant_serial };
         }
         Ok(())
     }
@@ -757,7 +781,7 @@ impl Engine {
 impl Stage {
     fn discard(framing: Framing) -> Self {
         match Body::of(framing) {
-            Body::Length(0) => Self::Done { last_grant: 0 },
+            Body::Length(0) => Self::Done { grant_serial: 0 },
             body => Self::Discard { body },
         }
     }
@@ -781,16 +805,16 @@ impl Punted {
     /// Bytes of a body whose request is decided.
     fn body<D: Datapath>(&mut self, cookie: u64, bytes: &[u8], datapath: &mut D) -> Result<(), EngineError> {
         match self.stage {
-            Stage::Pass { server_id, mut body, last_grant } => {
+            Stage::Pass { server_id, mut body, grant_serial } => {
                 let (taken, end) = body.take(bytes)?;
                 if taken < bytes.len() {
                     return Err(EngineError::Pipelined);
                 }
                 self.send(cookie, server_id, bytes, datapath)?;
                 self.stage = if end {
-                    Stage::Done { last_grant }
+                    Stage::Done { grant_serial }
                 } else {
-                    Stage::Pass { server_id, body, last_grant }
+                    Stage::Pass { server_id, body, grant_serial }
                 };
                 Ok(())
             }
@@ -811,13 +835,13 @@ impl Punted {
     fn discard<'b>(&mut self, bytes: &'b [u8]) -> Result<Option<&'b [u8]>, EngineError> {
         let Stage::Discard { mut body } = self.stage else { return Ok(None) };
         let (taken, end) = body.take(bytes)?;
-        self.stage = if end { Stage::Done { last_grant: 0 } } else { Stage::Discard { body } };
+        self.stage = if end { Stage::Done { grant_serial: 0 } } else { Stage::Discard { body } };
         Ok(bytes.get(taken..).filter(|rest| !rest.is_empty()))
     }
 
     /// How the flow goes back to the kernel; `None`: it stays.
     fn hand_back(&self) -> Option<HandBack> {
-        let to = |state, body, last_grant| {
+        let to = |state, body, grant_serial| {
             let (remaining_bytes, chunked) = match body {
                 Body::Length(left) => (left, 0),
                 Body::Chunked(decoder) => (0, decoder.to_bits()),
@@ -827,17 +851,17 @@ impl Punted {
                 ctl: Ctl::new(state, self.epoch, 0),
                 remaining_bytes,
                 chunked,
-                last_grant,
+                grant_serial,
                 write_seq_mark,
             }
         };
         match self.stage {
             Stage::Head | Stage::Waiting => None,
-            Stage::Done { last_grant } => Some(to(State::Head, Body::Length(0), last_grant)),
-            Stage::Pass { body: body @ Body::Length(_), last_grant, .. } => {
-                Some(to(State::Body, body, last_grant))
+            Stage::Done { grant_serial } => Some(to(State::Head, Body::Length(0), grant_serial)),
+            Stage::Pass { body: body @ Body::Length(_), grant_serial, .. } => {
+                Some(to(State::Body, body, grant_serial))
             }
-            Stage::Pass { body, last_grant, .. } => Some(to(State::Chunked, body, last_grant)),
+            Stage::Pass { body, grant_serial, .. } => Some(to(State::Chunked, body, grant_serial)),
             // Passed already, so the kernel only has to follow it.
             Stage::Discard { body: body @ Body::Length(_) } if self.observed => {
                 Some(to(State::Body, body, 0))
@@ -897,7 +921,7 @@ impl HandBack {
             ctl: Ctl::new(state, epoch, 0),
             remaining_bytes: 0,
             chunked: 0,
-            last_grant: 0,
+            grant_serial: 0,
             write_seq_mark: 0,
         }
     }

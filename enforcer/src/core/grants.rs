@@ -1,16 +1,20 @@
 //! Which token holds which slot of the kernel's grants.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
-use enforcer_common::abi::{GRANT_BUCKETS, Grant, GrantLabel, MAX_GRANTS, text};
+use enforcer_common::abi::{
+    GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, grant_serial, text,
+};
 
+use crate::revocation::name_hash;
 use crate::token::{Fingerprint, VerifiedToken};
 
 use super::{Datapath, Now};
 
 /// Longest life of a grant: after it the token is verified again, with the keys of that time.
 pub const GRANT_MAX_NS: u64 = 300 * 1_000_000_000;
-/// How long a slot rests between two grants: longer than any program runs, so that none reads one half old and half new.
+/// How long a slot rests between two grants, and a grant whose time is over before its slot is freed: longer than any program
+/// runs, so that none reads one half old and half new, and none still notes its serial in a flow.
 pub const QUARANTINE_NS: u64 = 2 * 1_000_000_000;
 
 /// A grant that a verdict can name.
@@ -24,31 +28,52 @@ pub struct Granted {
     pub deadline_ns: u64,
 }
 
+/// What a grant is given for.
+#[derive(Debug, Clone, Copy)]
+pub struct GrantFor<'a> {
+    /// The token's claims.
+    pub token: &'a VerifiedToken,
+    /// The token.
+    pub fingerprint: Fingerprint,
+    /// Number of the server.
+    pub server_id: u32,
+    /// Name of the server.
+    pub server: &'a str,
+    /// Policy generation.
+    pub generation: u64,
+}
+
+type Key = (Fingerprint, u32);
+
 /// The slots, by token and server.
 #[derive(Debug)]
 pub struct GrantTable {
-    held: HashMap<(Fingerprint, u32), Granted>,
-    by_deadline: BTreeSet<(u64, u32, Fingerprint, u32)>,
+    held: HashMap<Key, Granted>,
+    /// Slots in use, by the end of their grants: also of those that gave way to another grant of the same token.
+    by_deadline: BTreeMap<(u64, u32), (Key, u64)>,
+    /// When tokens end, in Unix seconds, and their slots: what streams must end next.
+    by_end: BTreeSet<(u64, u32)>,
     /// Freed slots and when they may be used again.
     resting: VecDeque<(u64, u32)>,
     next_slot: u32,
-    next_serial: u64,
+    next_number: u64,
 }
 
 impl GrantTable {
-    /// An empty table whose serials start at `first_serial`, which must not be 0.
+    /// An empty table whose serials start at `first_serial`, which must be at least 65,536.
     #[must_use]
     pub fn new(first_serial: u64) -> Self {
         Self {
             held: HashMap::new(),
-            by_deadline: BTreeSet::new(),
+            by_deadline: BTreeMap::new(),
+            by_end: BTreeSet::new(),
             resting: VecDeque::new(),
             next_slot: 0,
-            next_serial: first_serial,
+            next_number: (first_serial >> GRANT_SLOT_BITS).max(1),
         }
     }
 
-    /// Grants in force, or not yet swept.
+    /// Grants in force, or not yet freed.
     #[must_use]
     pub fn len(&self) -> usize {
         self.held.len()
@@ -60,63 +85,66 @@ impl GrantTable {
         self.held.is_empty()
     }
 
-    /// Gives a verified token its grant, or extends the one it has. `None`: no slot is free, or the token's time is over;
-    /// the request itself may pass, the next one will be judged again.
-    pub fn grant<D: Datapath>(
-        &mut self,
-        token: &VerifiedToken,
-        fingerprint: Fingerprint,
-        server_id: u32,
-        generation: u64,
-        now: Now,
-        datapath: &mut D,
-    ) -> Option<Granted> {
+    /// The slots that were ever used are those below this one.
+    #[must_use]
+    pub const fn slots_used(&self) -> u32 {
+        self.next_slot
+    }
+
+    /// Gives a verified token its grant, or extends the one it has. A grant that was revoked or voided in the kernel is never
+    /// revived: the token, if it is still good, gets another. `None`: no slot is free, or the token's time is over; the
+    /// request must not pass, as nothing could end what it opens.
+    pub fn grant<D: Datapath>(&mut self, ask: GrantFor<'_>, now: Now, datapath: &mut D) -> Option<Granted> {
+        let token = ask.token;
         let left_ns = token.not_after_unix_secs.checked_sub(now.unix_secs)?.saturating_mul(1_000_000_000);
         let deadline_ns = now.boot_ns.saturating_add(left_ns.min(GRANT_MAX_NS));
-        let key = (fingerprint, server_id);
-        let (slot, serial, requests) = match self.held.get(&key) {
+        let key = (ask.fingerprint, ask.server_id);
+        let held = match self.held.get(&key) {
             Some(held) => {
                 let current = datapath.grant(held.slot).ok()?;
-                // Somebody voided or revoked it behind our back: that stands.
-                if current.serial != held.serial || current.revoked != 0 {
-                    return None;
-                }
-                (held.slot, held.serial, current.requests)
+                (current.serial == held.serial && current.revoked == 0).then_some((*held, current.requests))
             }
+            None => None,
+        };
+        let (slot, serial, requests) = match held {
+            Some((held, requests)) => (held.slot, held.serial, requests),
             None => {
                 let slot = self.free_slot(now)?;
-                self.next_serial += 1;
-                (slot, self.next_serial, 0)
+                self.next_number += 1;
+                (slot, grant_serial(self.next_number, slot), 0)
             }
         };
         let grant = Grant {
             serial,
             deadline_ns,
-            generation,
+            generation: ask.generation,
             workload_id: 0,
             principal_id: token.principal().id(),
             granted_ns: now.boot_ns,
             expires_at_unix_secs: token.expires_at,
+            ends_at_unix_secs: token.not_after_unix_secs,
             requests,
-            fingerprint: fingerprint.0,
+            fingerprint: ask.fingerprint.0,
             buckets: [0; GRANT_BUCKETS],
-            server_id,
+            server_id: ask.server_id,
             revoked: 0,
         };
-        let label = GrantLabel {
-            serial,
-            issuer: text(&token.issuer.name),
-            subject: text(&token.subject),
-            client_id: text(token.client_id.as_deref().unwrap_or_default()),
-        };
-        if datapath.set_grant_label(slot, &label).is_err() || datapath.set_grant(slot, &grant).is_err() {
+        // First the label: who looks for grants to revoke finds every grant labelled.
+        if datapath.set_grant_label(slot, &label(&ask, serial)).is_err()
+            || datapath.set_grant(slot, &grant).is_err()
+        {
+            if held.is_none() {
+                self.resting.push_back((now.boot_ns.saturating_add(QUARANTINE_NS), slot));
+            }
             return None;
         }
-        let granted = Granted { slot, serial, deadline_ns };
-        if let Some(old) = self.held.insert(key, granted) {
-            self.by_deadline.remove(&(old.deadline_ns, old.slot, fingerprint, server_id));
+        if let Some((old, _)) = held {
+            self.by_deadline.remove(&(old.deadline_ns, slot));
         }
-        self.by_deadline.insert((deadline_ns, slot, fingerprint, server_id));
+        let granted = Granted { slot, serial, deadline_ns };
+        self.held.insert(key, granted);
+        self.by_deadline.insert((deadline_ns, slot), (key, serial));
+        self.by_end.insert((token.not_after_unix_secs, slot));
         Some(granted)
     }
 
@@ -134,19 +162,59 @@ impl GrantTable {
         Some(self.next_slot - 1)
     }
 
-    /// Frees the slots of grants whose time is over.
-    pub fn sweep<D: Datapath>(&mut self, now: Now, datapath: &mut D) {
-        while let Some(&(deadline_ns, slot, fingerprint, server_id)) = self.by_deadline.first() {
-            if deadline_ns > now.boot_ns {
-                break;
-            }
-            let Ok(current) = datapath.grant(slot) else { break };
+    /// Whether a token has ended since this was asked last, so that its streams must end.
+    pub fn some_token_ended(&mut self, now: Now) -> bool {
+        let later = self.by_end.split_off(&(now.unix_secs.saturating_add(1), 0));
+        let ended = std::mem::replace(&mut self.by_end, later);
+        !ended.is_empty()
+    }
+
+    /// Whether there are grants whose time is over and whose slots may be free.
+    #[must_use]
+    pub fn some_is_over(&self, now: Now) -> bool {
+        self.by_deadline.first_key_value().is_some_and(|((deadline_ns, _), _)| over(*deadline_ns, now))
+    }
+
+    /// Frees the slots of grants whose time is over and whose serial is none of `named`: those that flows name.
+    pub fn free<D: Datapath>(&mut self, named: &HashSet<u64>, now: Now, datapath: &mut D) {
+        let is_free = |(&at, &(key, serial)): (&(u64, u32), &(Key, u64))| {
+            (over(at.0, now) && !named.contains(&serial)).then_some((at, key))
+        };
+        let free: Vec<_> =
+            self.by_deadline.iter().take_while(|((at, _), _)| over(*at, now)).filter_map(is_free).collect();
+        for (at, key) in free {
+            let slot = at.1;
+            let Ok(current) = datapath.grant(slot) else { return };
             if datapath.set_grant(slot, &Grant { serial: 0, ..current }).is_err() {
-                break;
+                return;
             }
-            self.by_deadline.pop_first();
-            self.held.remove(&(fingerprint, server_id));
+            self.by_deadline.remove(&at);
+            self.by_end.remove(&(current.ends_at_unix_secs, slot));
+            if self.held.get(&key).is_some_and(|held| held.slot == slot) {
+                self.held.remove(&key);
+            }
             self.resting.push_back((now.boot_ns.saturating_add(QUARANTINE_NS), slot));
         }
+    }
+}
+
+fn over(deadline_ns: u64, now: Now) -> bool {
+    deadline_ns.saturating_add(QUARANTINE_NS) <= now.boot_ns
+}
+
+fn label(ask: &GrantFor<'_>, serial: u64) -> GrantLabel {
+    let token = ask.token;
+    let client_id = token.client_id.as_deref();
+    GrantLabel {
+        serial,
+        issuer: text(&token.issuer.name),
+        subject: text(&token.subject),
+        client_id: text(client_id.unwrap_or_default()),
+        issued_at_unix_secs: token.issued_at.unwrap_or(0),
+        issuer_name_hash: name_hash(&token.issuer.name),
+        issuer_hash: name_hash(&token.issuer.issuer),
+        subject_hash: name_hash(&token.subject),
+        client_hash: client_id.map(name_hash).unwrap_or_default(),
+        server_hash: name_hash(ask.server),
     }
 }

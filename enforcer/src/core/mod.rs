@@ -7,6 +7,7 @@ mod engine;
 mod grants;
 mod numbers;
 mod replies;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod verifier;
@@ -14,12 +15,13 @@ mod verifier;
 pub use bounds::MEMORY_MAX_BYTES;
 pub use endpoints::{EndpointPolicy, Endpoints};
 pub use engine::{Engine, EngineError, KeyRequest, Secrets};
-pub use grants::{GRANT_MAX_NS, GrantTable, QUARANTINE_NS};
+pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};
 pub use numbers::{Numbers, NumbersError};
 pub use replies::ReplyTable;
+pub use sweep::{Stream, StreamEnd, Sweeper, must_end};
 pub use verifier::KeyedVerifier;
 
-use enforcer_common::abi::{Ends, Grant, GrantLabel, HeadDigest, Reply, Verdict};
+use enforcer_common::abi::{Ends, Flow, Grant, GrantLabel, HeadDigest, Reply, Verdict};
 use enforcer_common::flow::Ctl;
 
 /// What the core asks of the kernel. Every call may fail; the core then destroys the flow or does without the fast path.
@@ -50,6 +52,12 @@ pub trait Datapath {
 
     /// Destroys a connection that has no flow record.
     fn destroy_stray(&mut self, cookie: u64, netns_cookie: u64, interface: u32, ends: Ends);
+
+    /// Shows all flows; one that comes or goes meanwhile may be missed.
+    ///
+    /// # Errors
+    /// Some were not shown.
+    fn flows(&mut self, each: &mut dyn FnMut(u64, &Flow)) -> Result<(), Self::Error>;
 
     /// Whether the flow still has a record.
     fn flow_exists(&mut self, cookie: u64) -> bool;
@@ -100,8 +108,8 @@ pub struct HandBack {
     pub remaining_bytes: u64,
     /// Chunk decoder.
     pub chunked: u64,
-    /// Slot of the request's grant plus one; 0: none.
-    pub last_grant: u32,
+    /// Serial of the request's grant; 0: none.
+    pub grant_serial: u64,
     /// The server's send sequence when the last request began.
     pub write_seq_mark: u32,
 }

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use enforcer_common::abi::{
-    EndpointKey, Ends, FAMILY_V4, Grant, GrantLabel, HeadDigest, PUNT_DATA, PUNT_OBSERVED, PUNT_UNANSWERED,
-    PuntHeader, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
+    EndpointKey, Ends, FAMILY_V4, Flow, Grant, GrantLabel, HeadDigest, PUNT_DATA, PUNT_OBSERVED,
+    PUNT_UNANSWERED, PuntHeader, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
 };
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use enforcer_common::flow::{Ctl, State};
 use enforcer_common::head;
 
+use super::sweep::tests as sweep_tests;
 use super::*;
 use crate::keys::KeySnapshot;
 use crate::token::Fingerprinter;
@@ -28,9 +29,13 @@ struct Fake {
     destroyed: BTreeSet<u64>,
     verdicts: BTreeMap<HeadDigest, Verdict>,
     grants: BTreeMap<u32, Grant>,
+    labels: BTreeMap<u32, GrantLabel>,
+    flows: BTreeMap<u64, Flow>,
     counts: Vec<&'static str>,
     /// Bytes can't be injected.
     full: bool,
+    /// Grants can't be written.
+    no_grants: bool,
 }
 
 impl Datapath for Fake {
@@ -68,6 +73,11 @@ impl Datapath for Fake {
         self.destroyed.insert(cookie);
     }
 
+    fn flows(&mut self, each: &mut dyn FnMut(u64, &Flow)) -> Result<(), Self::Error> {
+        self.flows.iter().for_each(|(cookie, flow)| each(*cookie, flow));
+        Ok(())
+    }
+
     fn flow_exists(&mut self, _cookie: u64) -> bool {
         true
     }
@@ -86,11 +96,15 @@ impl Datapath for Fake {
     }
 
     fn set_grant(&mut self, slot: u32, grant: &Grant) -> Result<(), Self::Error> {
+        if self.no_grants {
+            return Err("full");
+        }
         self.grants.insert(slot, *grant);
         Ok(())
     }
 
-    fn set_grant_label(&mut self, _slot: u32, _label: &GrantLabel) -> Result<(), Self::Error> {
+    fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), Self::Error> {
+        self.labels.insert(slot, *label);
         Ok(())
     }
 
@@ -314,13 +328,94 @@ fn a_grant_ends_and_its_slot_rests_before_it_is_used_again() {
     bench.now.boot_ns = first.deadline_ns;
     bench.now.unix_secs += 60;
     bench.engine.tick(bench.now, &mut bench.fake);
+    assert_eq!(bench.fake.grants[&0].serial, first.serial, "a program may still read it");
+    bench.now.boot_ns += QUARANTINE_NS;
+    bench.engine.tick(bench.now, &mut bench.fake);
     assert_eq!(bench.fake.grants[&0].serial, 0);
     bench.punt(request.as_bytes(), 0, 0);
     assert_eq!(bench.fake.grants[&0].serial, 0);
     assert!(bench.fake.grants[&1].serial > first.serial);
     // The second grant goes too, and by then the first slot has rested.
-    bench.now.boot_ns = bench.fake.grants[&1].deadline_ns.max(bench.now.boot_ns + QUARANTINE_NS);
+    bench.now.boot_ns = bench.fake.grants[&1].deadline_ns + QUARANTINE_NS;
     bench.engine.tick(bench.now, &mut bench.fake);
     bench.punt(request.as_bytes(), 0, 0);
     assert!(bench.fake.grants[&0].serial > 0);
+}
+
+#[test]
+fn a_slot_is_not_used_again_while_a_flow_names_its_grant() {
+    let mut bench = Bench::new();
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    let (_, back) = bench.last_back();
+    let first = bench.fake.grants[&0];
+    assert_eq!(back.grant_serial, first.serial);
+    bench.fake.flows.insert(COOKIE, sweep_tests::flow([back.grant_serial, 0, 0, 0]));
+    bench.now.boot_ns = first.deadline_ns + 10 * QUARANTINE_NS;
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert_eq!(bench.fake.grants[&0], first);
+    // The same token gets the same grant, with a new deadline.
+    bench.punt(request.as_bytes(), 0, 0);
+    assert_eq!(bench.last_back().1.grant_serial, first.serial);
+    assert!(bench.fake.grants[&0].deadline_ns > bench.now.boot_ns);
+    // The flow goes, and so does its grant.
+    bench.fake.flows.clear();
+    bench.now.boot_ns = bench.fake.grants[&0].deadline_ns + 10 * QUARANTINE_NS;
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert_eq!(bench.fake.grants[&0].serial, 0);
+}
+
+#[test]
+fn the_streams_of_an_ended_token_end_at_the_next_tick_and_no_others() {
+    let mut bench = Bench::new();
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    let grant = bench.fake.grants[&0];
+    let observed =
+        Flow { flags: enforcer_common::abi::FLOW_OBSERVE, ..sweep_tests::flow([grant.serial, 0, 0, 0]) };
+    bench.fake.flows = BTreeMap::from([
+        (1, sweep_tests::flow([grant.serial, 0, 0, 0])),
+        (2, sweep_tests::flow([0; 4])),
+        (3, observed),
+    ]);
+    bench.now.unix_secs = grant.ends_at_unix_secs - 1;
+    bench.now.boot_ns += 1;
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert!(bench.fake.destroyed.is_empty());
+    bench.now.unix_secs += 1;
+    bench.now.boot_ns += 1;
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert_eq!(bench.fake.destroyed, BTreeSet::from([1]));
+    assert!(bench.fake.counts.contains(&"stream-expired"));
+}
+
+#[test]
+fn a_grant_that_was_revoked_in_the_kernel_is_never_revived() {
+    let mut bench = Bench::new();
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    let first = bench.fake.grants[&0];
+    bench.fake.grants.insert(0, Grant { revoked: 1, ..first });
+    bench.punt(request.as_bytes(), 0, 0);
+    assert_eq!(bench.fake.grants[&0], Grant { revoked: 1, ..first });
+    assert!(bench.fake.grants[&1].serial > first.serial);
+    assert_eq!(bench.last_back().1.grant_serial, bench.fake.grants[&1].serial);
+    // Its slot is freed in its time, and the second grant stays the token's.
+    bench.now.boot_ns = first.deadline_ns + QUARANTINE_NS;
+    let second = bench.fake.grants[&1];
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert_eq!(bench.fake.grants[&0].serial, 0);
+    assert_eq!((bench.fake.grants[&1].serial, bench.fake.grants[&1].revoked), (0, 0), "of the same age");
+    assert_ne!(second.serial, 0);
+}
+
+#[test]
+fn without_a_slot_for_its_grant_a_good_request_does_not_pass() {
+    let mut bench = Bench::new();
+    bench.fake.no_grants = true;
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    assert!(bench.fake.server.is_empty());
+    assert!(bench.fake.client.starts_with(b"HTTP/1.1 503 "));
+    assert_eq!(bench.fake.counts, ["grant-table-full"]);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use aya::programs::links::PinnedLink;
-use enforcer_common::abi::{Ends, Grant, GrantLabel, HeadDigest, InjectHeader, Reply, Verdict};
+use enforcer_common::abi::{Ends, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, Reply, Verdict};
 use enforcer_common::flow::Ctl;
 use tracing::{error, warn};
 
@@ -103,10 +103,9 @@ impl Datapath for Kernel {
             new_ctl: to.ctl.0,
             remaining_bytes: to.remaining_bytes,
             chunked: to.chunked,
+            grant_serial: to.grant_serial,
             kind: 0,
-            last_grant: to.last_grant,
             write_seq_mark: to.write_seq_mark,
-            zero: 0,
         })?)
     }
 
@@ -122,6 +121,10 @@ impl Datapath for Kernel {
         if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, interface, ends) {
             warn!(cookie, %error, "an unguarded connection could not be destroyed; it gets no bytes");
         }
+    }
+
+    fn flows(&mut self, each: &mut dyn FnMut(u64, &Flow)) -> Result<(), KernelError> {
+        Ok(self.maps.live.each_flow(each)?)
     }
 
     fn flow_exists(&mut self, cookie: u64) -> bool {

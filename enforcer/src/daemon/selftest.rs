@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use aya::maps::{MapData, RingBuf};
 use enforcer_common::abi::{
     ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, Grant, InjectHeader, MODE_ENFORCE, PUNT_DATA,
-    PuntHeader, REPLY_MAX_BYTES, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
+    PuntHeader, REPLY_MAX_BYTES, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
 };
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use enforcer_common::flow::{Ctl, State};
@@ -232,7 +232,7 @@ impl Bench {
         else {
             return Ok(());
         };
-        let serial = 1;
+        let serial = grant_serial(1, 0);
         let far_ns = u64::MAX;
         self.maps.set_grant(
             0,
@@ -244,6 +244,7 @@ impl Bench {
                 principal_id: 0,
                 granted_ns: 0,
                 expires_at_unix_secs: 0,
+                ends_at_unix_secs: u64::MAX,
                 requests: 0,
                 fingerprint: [0; 16],
                 buckets: [0; 8],
@@ -289,9 +290,8 @@ impl Bench {
                         remaining_bytes: 0,
                         chunked: 0,
                         kind: 0,
-                        last_grant: 0,
+                        grant_serial: 0,
                         write_seq_mark: write_seq,
-                        zero: 0,
                     })
                     .map_err(setup);
             }

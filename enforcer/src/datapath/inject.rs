@@ -104,10 +104,9 @@ impl Injectors {
                 new_ctl: 0,
                 remaining_bytes: 0,
                 chunked: 0,
+                grant_serial: 0,
                 kind,
-                last_grant: 0,
                 write_seq_mark: 0,
-                zero: 0,
             };
             self.send(pair, &header, part)?;
         }

@@ -5,8 +5,8 @@ use std::borrow::{Borrow, BorrowMut};
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
-    ABI_VERSION, Config, Counter, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, ReasonName,
-    Reply, ServerLabel, Verdict, map, text,
+    ABI_VERSION, Config, Counter, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_FLOWS,
+    ReasonName, Reply, ServerLabel, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
 
@@ -100,6 +100,22 @@ impl Live {
     /// See [`LiveError`].
     pub fn configuration(&self) -> Result<Config, LiveError> {
         get(&self.config, map::CONFIG, 0)
+    }
+
+    /// Shows all flows. A walk over a hash that changes meanwhile may start again: a flow may be shown twice.
+    ///
+    /// # Errors
+    /// See [`LiveError`], and when the map changes so fast that the walk does not end: some were not shown.
+    pub fn each_flow(&self, each: &mut dyn FnMut(u64, &Flow)) -> Result<(), LiveError> {
+        let failed = |source| LiveError::Map { name: map::FLOWS, source };
+        for (count, entry) in self.flows.iter().enumerate() {
+            if count >= 2 * MAX_FLOWS as usize {
+                return Err(failed(MapError::IoError(std::io::Error::other("it changes too fast"))));
+            }
+            let (cookie, flow) = entry.map_err(failed)?;
+            each(cookie, &flow);
+        }
+        Ok(())
     }
 
     /// All kernel counters, summed over the CPUs.

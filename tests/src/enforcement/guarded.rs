@@ -1,13 +1,14 @@
 //! The usual case: one recording server at `/mcp`, one issuer with its keys in a file, and a daemon.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{Enforcement, IssuerSpec, PolicySpec, ServerSpec};
-use crate::guard::Cgroup;
+use crate::guard::{Cgroup, NetNs};
 use crate::issuer::{Alg, Issuer, Mint};
 use crate::raw::{Connection, RequestBuilder};
 use crate::recorder::{Config, RemoteRecorder};
@@ -37,6 +38,7 @@ pub struct GuardedBuilder {
     config: Config,
     drain_timeout_secs: u64,
     options: Vec<String>,
+    netns: Option<Arc<NetNs>>,
 }
 
 impl Guarded {
@@ -66,6 +68,7 @@ impl Guarded {
             config: Config::default(),
             drain_timeout_secs: 1,
             options: Vec::new(),
+            netns: None,
         }
     }
 
@@ -154,6 +157,13 @@ impl GuardedBuilder {
         self
     }
 
+    /// The server lives in this network namespace, and its clients must too.
+    #[must_use]
+    pub fn netns(mut self, netns: &Arc<NetNs>) -> Self {
+        self.netns = Some(Arc::clone(netns));
+        self
+    }
+
     /// Sets a field of the policy's server.
     #[must_use]
     pub fn server(mut self, field: &str, value: impl Into<Value>) -> Self {
@@ -210,7 +220,7 @@ impl GuardedBuilder {
     /// When server or daemon do not start.
     pub fn start(self) -> Result<Guarded> {
         let cgroup = Cgroup::new(&self.name)?;
-        let recorder = RemoteRecorder::spawn(self.bind, &self.config, Some(&cgroup), None)?;
+        let recorder = RemoteRecorder::spawn(self.bind, &self.config, Some(&cgroup), self.netns.as_deref())?;
         let issuer = Issuer::new("https://login.example.com/tools", Alg::Es256)?;
         let mut listen = self.policy_listen.unwrap_or(recorder.addr());
         listen.set_port(recorder.addr().port());

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use enforcer_common::abi::{
-    Endpoint, EndpointKey, FLOW_OBSERVE, Flow, Grant, GrantLabel, ServerLabel, text_str,
+    Endpoint, EndpointKey, FLOW_OBSERVE, Flow, Grant, GrantLabel, ServerLabel, grant_slot, text_str,
 };
 use enforcer_common::flow::Ctl;
 use serde::Serialize;
@@ -46,8 +46,7 @@ struct Row {
     refused: u64,
     punts: u64,
     punted_bytes: u64,
-    /// What is in the slot of the grant that the last request used: that grant, or a later one if the slot was used again
-    /// since. Absent if there is none.
+    /// The grant that the last request used. Absent if there is none, or it is gone.
     last_grant: Option<LastGrant>,
 }
 
@@ -61,7 +60,7 @@ struct LastGrant {
 
 /// Slot of the grant that a flow's last request used.
 pub(super) fn last_grant_slot(flow: &Flow) -> Option<u32> {
-    flow.last_grant.checked_sub(1)
+    (flow.grants[0] != 0).then(|| grant_slot(flow.grants[0]))
 }
 
 impl Flows {
@@ -93,7 +92,8 @@ impl Flows {
 
 fn last_grant(source: &Source, flow: &Flow) -> Option<LastGrant> {
     let slot = last_grant_slot(flow)?;
-    let (grant, label) = (source.grants.get(&slot)?, source.labels.get(&slot)?);
+    let grant = source.grants.get(&slot).filter(|grant| grant.serial == flow.grants[0])?;
+    let label = source.labels.get(&slot)?;
     let client_id = text_str(&label.client_id);
     Some(LastGrant {
         serial: grant.serial,
@@ -146,6 +146,7 @@ impl Render for Flows {
 
 #[cfg(test)]
 mod tests {
+    use enforcer_common::abi::grant_serial;
     use enforcer_common::flow::State;
 
     use super::super::testing::{endpoint, flow, grant, label, server, v4};
@@ -162,13 +163,13 @@ mod tests {
             allowed: 3,
             refused: 1,
             punts: 1,
-            last_grant: 5,
+            grants: [grant_serial(77, 4), 0, 0, 0],
             ..flow(0)
         };
         Source {
             flows: BTreeMap::from([(1, young), (9, old), (4, Flow { opened_ns: 2_000_000_000, ..flow(8) })]),
-            grants: BTreeMap::from([(4, grant(77))]),
-            labels: BTreeMap::from([(4, label(77, "alice", ""))]),
+            grants: BTreeMap::from([(4, grant(grant_serial(77, 4)))]),
+            labels: BTreeMap::from([(4, label(grant_serial(77, 4), "alice", ""))]),
             servers: BTreeMap::from([(0, server("files", "127.0.0.1:80"))]),
             endpoints: BTreeMap::from([endpoint(key, 0)]),
         }
@@ -213,7 +214,7 @@ mod tests {
         let json = serde_json::to_value(Flows::of(&source(), 64_000_000_000)).unwrap();
         let (old, young) = (&json["flows"][0], &json["flows"][1]);
         assert_eq!(old["age_ms"], 63_000);
-        assert_eq!(old["last_grant"]["serial"], 77);
+        assert_eq!(old["last_grant"]["serial"], grant_serial(77, 4));
         assert_eq!(old["last_grant"]["client_id"], serde_json::Value::Null);
         assert_eq!(young["last_grant"], serde_json::Value::Null);
         assert_eq!(young["idle_ms"], serde_json::Value::Null);

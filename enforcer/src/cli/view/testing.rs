@@ -55,7 +55,9 @@ pub(super) fn flow(endpoint_id: u32) -> Flow {
         unavailable_reply_id: 0,
         flags: 0,
         write_seq_mark: 0,
-        last_grant: 0,
+        grants: [0; 4],
+        evicted_grants: 0,
+        zero: 0,
         caller_uid: u32::MAX,
         interface: 0,
         swallowed_bytes: 0,
@@ -73,6 +75,7 @@ pub(super) fn grant(serial: u64) -> Grant {
         principal_id: 1,
         granted_ns: NOW_NS - 1_000_000_000,
         expires_at_unix_secs: 1_800_000_000,
+        ends_at_unix_secs: 1_800_000_060,
         requests: 0,
         fingerprint: [0xab; 16],
         buckets: [0; 8],
@@ -82,7 +85,19 @@ pub(super) fn grant(serial: u64) -> Grant {
 }
 
 pub(super) fn label(serial: u64, subject: &str, client_id: &str) -> GrantLabel {
-    GrantLabel { serial, issuer: text("corp"), subject: text(subject), client_id: text(client_id) }
+    let hash = crate::revocation::name_hash;
+    GrantLabel {
+        serial,
+        issuer: text("corp"),
+        subject: text(subject),
+        client_id: text(client_id),
+        issued_at_unix_secs: 1_799_999_000,
+        issuer_name_hash: hash("corp"),
+        issuer_hash: hash("https://login.example.com"),
+        subject_hash: hash(subject),
+        client_hash: hash(client_id),
+        server_hash: hash("files"),
+    }
 }
 
 /// An allow by the grant in slot 4.

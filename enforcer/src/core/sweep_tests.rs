@@ -1,0 +1,114 @@
+use enforcer_common::abi::{EndpointKey, FAMILY_V4, grant_serial};
+
+use super::*;
+
+const NOW: u64 = 1_000_000;
+
+pub(in crate::core) fn flow(grants: [u64; FLOW_GRANTS]) -> Flow {
+    let end = EndpointKey { addr: [0; 16], port: 1, family: FAMILY_V4, zero: 0 };
+    Flow {
+        ctl: 0,
+        requests: 0,
+        last_request_ns: 0,
+        write_seq_mark: 0,
+        flags: 0,
+        endpoint_id: 0,
+        unavailable_reply_id: 0,
+        allowed: 0,
+        next_layout: 0,
+        grants,
+        layouts: [[0; 4]; 4],
+        remaining_bytes: 0,
+        chunked: 0,
+        netns_cookie: 0,
+        opened_ns: 0,
+        caller_cgroup_id: 0,
+        refused: 0,
+        punts: 0,
+        punted_bytes: 0,
+        local: end,
+        peer: end,
+        evicted_grants: 0,
+        caller_uid: 0,
+        interface: 0,
+        swallowed_bytes: 0,
+        zero: 0,
+    }
+}
+
+fn grant(number: u64, principal_id: u64, ends_at_unix_secs: u64, revoked: u32) -> Grant {
+    Grant {
+        serial: grant_serial(number, number as u32),
+        // Long past: what a grant still allows is no matter here.
+        deadline_ns: 0,
+        generation: 0,
+        workload_id: 0,
+        principal_id,
+        granted_ns: 0,
+        expires_at_unix_secs: 0,
+        ends_at_unix_secs,
+        requests: 0,
+        fingerprint: [0; 16],
+        buckets: [0; 8],
+        server_id: 0,
+        revoked,
+    }
+}
+
+/// The end of a connection that used these grants, the last one first.
+fn end(used: &[Grant]) -> Option<StreamEnd> {
+    let mut grants = [0; FLOW_GRANTS];
+    grants.iter_mut().zip(used).for_each(|(to, grant)| *to = grant.serial);
+    let stream = Stream::of(7, &flow(grants))?;
+    must_end(&stream, NOW, &[], |serial| used.iter().find(|grant| grant.serial == serial).copied())
+}
+
+const GOOD: u64 = NOW + 1;
+
+#[test]
+fn a_stream_ends_with_its_token_and_not_with_its_grant() {
+    assert_eq!(end(&[]), None);
+    assert_eq!(end(&[grant(1, 1, GOOD, 0)]), None);
+    assert_eq!(end(&[grant(1, 1, NOW, 0)]), Some(StreamEnd::Expired));
+    assert_eq!(end(&[grant(1, 1, GOOD, 1)]), Some(StreamEnd::Revoked));
+}
+
+#[test]
+fn an_earlier_token_counts_when_it_is_revoked_or_somebody_elses() {
+    assert_eq!(end(&[grant(2, 1, GOOD, 0), grant(1, 1, GOOD, 1)]), Some(StreamEnd::Revoked));
+    // The client went on with its next token.
+    assert_eq!(end(&[grant(2, 1, GOOD, 0), grant(1, 1, NOW, 0)]), None);
+    assert_eq!(end(&[grant(2, 1, GOOD, 0), grant(1, 9, NOW, 0)]), Some(StreamEnd::Expired));
+    assert_eq!(end(&[grant(2, 1, NOW, 0), grant(1, 9, GOOD, 0)]), Some(StreamEnd::Expired));
+}
+
+#[test]
+fn a_grant_that_is_gone_or_another_in_its_slot_is_no_licence() {
+    let stream = Stream::of(7, &flow([grant_serial(5, 5), 0, 0, 0])).unwrap();
+    assert_eq!(must_end(&stream, NOW, &[], |_| None), Some(StreamEnd::GrantGone));
+    let later = Grant { serial: grant_serial(6, 5), ..grant(5, 1, GOOD, 0) };
+    assert_eq!(must_end(&stream, NOW, &[], |_| Some(later)), Some(StreamEnd::GrantGone));
+    let free = Grant { serial: 0, ..later };
+    assert_eq!(must_end(&stream, NOW, &[], |_| Some(free)), Some(StreamEnd::GrantGone));
+}
+
+#[test]
+fn a_connection_of_many_tokens_ends_when_one_of_them_may_be_revoked() {
+    let used: Vec<Grant> = (1..=9).map(|number| grant(number, number, GOOD, 0)).collect();
+    let mut flow = flow([0; FLOW_GRANTS]);
+    for grant in &used {
+        enforcer_common::flow::use_grant(&mut flow.grants, &mut flow.evicted_grants, grant.serial);
+    }
+    let stream = Stream::of(7, &flow).unwrap();
+    let end = |revoked: u64| {
+        must_end(&stream, NOW, &[grant_serial(revoked, 0)], |serial| {
+            used.iter().find(|grant| grant.serial == serial).copied()
+        })
+    };
+    for evicted in 1..=5 {
+        assert_eq!(end(evicted), Some(StreamEnd::Revoked));
+    }
+    // It can't be one of these; one in 64 others looks as if it could.
+    assert_eq!(end(30), None);
+    assert_eq!(end(64 + 5), Some(StreamEnd::Revoked));
+}
