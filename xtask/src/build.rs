@@ -91,12 +91,13 @@ fn publish(fresh: &Path, published: &Path) -> Result<()> {
     fs::rename(&temporary, published).with_context(|| format!("can't write {}", published.display()))
 }
 
-/// Builds every host binary except xtask itself, which is running.
+/// Builds every host binary. A debug build takes xtask along, though it is running, so that dependencies have the features that
+/// they have in tests.
 pub(crate) fn host(workspace: &Workspace, release: bool) -> Result<()> {
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--workspace", "--bins", "--exclude", BPF_PACKAGE, "--exclude", "xtask"]);
+    cargo.args(["build", "--workspace", "--bins", "--exclude", BPF_PACKAGE]);
     if release {
-        cargo.arg("--release");
+        cargo.args(["--release", "--exclude", "xtask"]);
     }
     run(&mut cargo)
 }

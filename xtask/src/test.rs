@@ -56,25 +56,12 @@ pub(crate) fn test(workspace: &Workspace, options: &Options) -> Result<()> {
     }
 
     let mut session = Session::begin(workspace, options)?;
-    session.step(
-        "unit and property tests",
-        &["--workspace", "--exclude", BPF_PACKAGE, "--exclude", TESTS_PACKAGE],
-    )?;
-    let support = support_targets(workspace);
-    if !support.is_empty() {
-        session.step("test support", &[&["--package", TESTS_PACKAGE], support.as_slice()].concat())?;
-    }
+    // All at once, so that the compiler has something to do on every CPU; what fails to compile is reported by its own step.
+    run_bounded(session.cargo_test(&[]).arg("--no-run"), options.step_limit)?;
+    session.step("unit and property tests", &["--lib", "--bins"])?;
+    session.step("documentation tests", &["--doc"])?;
     let privileged = session.end_to_end()?;
     session.finish(start.elapsed(), privileged)
-}
-
-/// Selects the unit tests of the tests package itself.
-fn support_targets(workspace: &Workspace) -> Vec<&'static str> {
-    [("lib", "--lib"), ("bin", "--bins")]
-        .into_iter()
-        .filter(|(kind, _flag)| !workspace.targets_of_kind(TESTS_PACKAGE, kind).is_empty())
-        .map(|(_kind, flag)| flag)
-        .collect()
 }
 
 /// Which tests that need root were run.
@@ -103,7 +90,8 @@ impl<'a> Session<'a> {
     fn cargo_test(&self, selection: &[&str]) -> Command {
         let mut cargo = self.workspace.cargo();
         cargo
-            .args(["test", "--no-fail-fast"])
+            // One selection of packages for all steps: with another one, dependencies get other features and are compiled again.
+            .args(["test", "--no-fail-fast", "--workspace", "--exclude", BPF_PACKAGE])
             .args(selection)
             .env(ENFORCER_VARIABLE, enforcer(self.workspace, self.options.release))
             .env(SKIP_LOG_VARIABLE, &self.skip_log);
@@ -157,7 +145,7 @@ impl<'a> Session<'a> {
         eprintln!("\n== the daemon for the end-to-end tests");
         build::host(self.workspace, self.options.release)?;
         for name in names {
-            self.step(&format!("end to end: {name}"), &["--package", TESTS_PACKAGE, "--test", name])?;
+            self.step(&format!("end to end: {name}"), &["--test", name])?;
         }
         Ok(Privileged::Ran)
     }
