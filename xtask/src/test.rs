@@ -59,7 +59,6 @@ pub(crate) fn test(workspace: &Workspace, options: &Options) -> Result<()> {
     // All at once, so that the compiler has something to do on every CPU; what fails to compile is reported by its own step.
     run_bounded(session.cargo_test(&[]).arg("--no-run"), options.step_limit)?;
     session.step("unit and property tests", &["--lib", "--bins"])?;
-    session.step("documentation tests", &["--doc"])?;
     let privileged = session.end_to_end()?;
     session.finish(start.elapsed(), privileged)
 }
