@@ -55,6 +55,7 @@ mod tests {
             heartbeat_ns: 0,
             heartbeat_limit_ns: 0,
             loaded_ns: 0,
+            daemon_started_ns: 0,
             daemon_pid: 0,
             draining: 0,
         }

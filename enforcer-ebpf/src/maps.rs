@@ -4,9 +4,9 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash, SockMap};
 use enforcer_common::abi::{
-    Config, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_COUNTERS, MAX_ENDPOINTS,
-    MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS, MAX_REPLIES, MAX_SERVERS, MAX_SOCKETS, MAX_VERDICTS,
-    PUNTS_BYTES, ReasonName, Reply, ServerLabel, Verdict,
+    Config, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_COUNTERS,
+    MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS, MAX_REPLIES, MAX_SERVERS, MAX_SOCKETS,
+    MAX_VERDICTS, PUNTS_BYTES, ReasonName, Reply, ServerLabel, Verdict,
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::head::HeadBuf;
@@ -16,6 +16,9 @@ pub(crate) static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
 #[map]
 pub(crate) static DIGEST_KEY: Array<DigestKey> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static DAEMON_STATE: Array<DaemonState> = Array::with_max_entries(1, 0);
 
 #[map]
 pub(crate) static ENDPOINTS: HashMap<EndpointKey, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, 0);

@@ -82,31 +82,6 @@ fn a_daemon_that_is_stopped_is_as_good_as_dead_until_it_goes_on() -> Result<()> 
 }
 
 #[test]
-fn a_restart_takes_over_from_a_killed_daemon() -> Result<()> {
-    let _deadline = Deadline::new("restart", LIMIT);
-    let mut guarded = Guarded::start("restart")?;
-    let token = guarded.token()?;
-    let good = guarded.call(Some(&token)).build();
-    for round in 0..3 {
-        let mut open = guarded.connect()?;
-        assert_eq!(open.roundtrip(&good)?.status, 200, "round {round}");
-        guarded.enforcement.kill9()?;
-        let mut parked = guarded.connect()?;
-        parked.send(&unknown(&guarded, &token, 7))?;
-        guarded.enforcement.launch()?;
-        // Its maps are gone, and so are the connections that were judged by them.
-        open.expect_closed()?;
-        parked.expect_closed()?;
-        assert_eq!(guarded.enforcement.leftover_pins(), [guarded.enforcement.pins()]);
-        assert_eq!(guarded.enforcement.counters()?.kernel("allowed"), 0, "new maps");
-        assert_eq!(status(&guarded, &guarded.call(None).build())?, 401, "round {round}");
-    }
-    assert_eq!(status(&guarded, &good)?, 200);
-    assert!(guarded.enforcement.stop()?.success());
-    assert_nothing_is_left(&guarded)
-}
-
-#[test]
 fn a_daemon_killed_at_any_moment_of_its_start_leaves_nothing_that_stays() -> Result<()> {
     let _deadline = Deadline::new("killed while starting", LIMIT);
     let mut guarded = Guarded::start("killstart")?;

@@ -30,6 +30,8 @@ pub mod map {
     pub const CONFIG: &str = "CONFIG";
     /// Digest keys, one entry.
     pub const DIGEST_KEY: &str = "DIGEST_KEY";
+    /// What a daemon leaves to the next one; no program reads it.
+    pub const DAEMON_STATE: &str = "DAEMON_STATE";
     /// Protected endpoints.
     pub const ENDPOINTS: &str = "ENDPOINTS";
     /// Guarded sockets by cookie.
@@ -63,6 +65,7 @@ pub mod map {
     pub const ALL: &[&str] = &[
         CONFIG,
         DIGEST_KEY,
+        DAEMON_STATE,
         ENDPOINTS,
         SOCKETS,
         FLOWS,

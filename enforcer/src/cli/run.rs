@@ -72,6 +72,9 @@ pub(super) struct Command {
     /// On SIGTERM leave the enforcement in the kernel: known requests go on, unknown ones get 503
     #[arg(long)]
     keep: bool,
+    /// Replace the programs in the kernel even if they are this program's own; for tests and repairs
+    #[arg(long, hide = true)]
+    replace_programs: bool,
     /// How long open connections may go on after SIGTERM before they are reset
     #[arg(long, value_name = "SECS", default_value_t = super::DRAIN_TIMEOUT_SECS)]
     drain_timeout: u64,
@@ -94,6 +97,7 @@ impl Command {
                 bpffs: global.bpffs.clone(),
                 pin_name: global.pin_name.clone(),
                 keep: self.keep,
+                replace_programs: self.replace_programs,
                 drain_timeout: Duration::from_secs(self.drain_timeout),
             },
             log_format: self.log_format,

@@ -73,6 +73,7 @@ fn run_takes_its_options_and_the_global_ones() {
             bpffs: "/b".into(),
             pin_name: "two".into(),
             keep: true,
+            replace_programs: false,
             drain_timeout: std::time::Duration::from_secs(3),
         },
         log_format: run::LogFormat::Json,

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use enforcer_common::abi::{
-    Ends, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_STRAY,
-    PUNT_UNANSWERED, PuntHeader, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC, Verdict,
+    Ends, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED,
+    PUNT_OBSERVED, PUNT_STRAY, PUNT_UNANSWERED, PuntHeader, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC,
+    Verdict,
 };
 use enforcer_common::chunked::Chunked;
 use enforcer_common::digest::DigestKey;
@@ -186,6 +187,35 @@ struct Punted {
 /// Memory of one such flow: the record, its time limit, its key.
 pub(super) const FLOW_BYTES: u64 = (size_of::<Punted>() + 64) as u64;
 
+/// A flow that an earlier daemon had in its hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Orphan {
+    /// Socket cookie.
+    pub cookie: u64,
+    /// Its control word: punted, or dead and waiting for its socket to be destroyed.
+    pub ctl: Ctl,
+    /// Network namespace of the server's socket.
+    pub netns_cookie: u64,
+    /// Observe mode: its bytes have passed already.
+    pub observed: bool,
+}
+
+impl Orphan {
+    /// The flow, if it was in the daemon's hands.
+    #[must_use]
+    pub fn of(cookie: u64, flow: &Flow) -> Option<Self> {
+        let ctl = Ctl(flow.ctl);
+        let held = ctl.state() == State::Punted as u64 || ctl.state() == State::Dead as u64;
+        let observed = flow.flags & FLOW_OBSERVE != 0;
+        held.then_some(Self { cookie, ctl, netns_cookie: flow.netns_cookie, observed })
+    }
+}
+
+/// Observe mode: the flow can't be followed any more. Late bytes only mean that the next batch tries again.
+fn let_go<D: Datapath>(cookie: u64, expected: Ctl, datapath: &mut D) {
+    let _ = datapath.hand_back(cookie, expected, HandBack::empty(State::Opaque, expected.epoch()));
+}
+
 /// Random secrets of one load.
 pub struct Secrets {
     /// Key of the head digests; the kernel has the same.
@@ -239,6 +269,11 @@ impl Engine {
         &mut self.replies
     }
 
+    /// The grants, for those that an earlier daemon gave.
+    pub fn grants(&mut self) -> &mut GrantTable {
+        &mut self.grants
+    }
+
     /// Takes the keys that are asked for.
     pub fn take_key_requests(&mut self) -> Vec<KeyRequest> {
         std::mem::take(&mut self.key_requests)
@@ -268,6 +303,14 @@ impl Engine {
                     Ok(()) => {
                         self.touched.insert(header.cookie);
                     }
+                    // Of a flow that an earlier daemon followed: its bytes have passed, and go on.
+                    Err(_)
+                        if header.flags & PUNT_OBSERVED != 0 && !self.flows.contains_key(&header.cookie) =>
+                    {
+                        let punted_bytes = header.offset_bytes + u64::from(header.len_bytes);
+                        let ctl = Ctl::new(State::Punted, header.epoch, punted_bytes);
+                        let_go(header.cookie, ctl, datapath);
+                    }
                     Err(error) => {
                         self.give_up(header.cookie, header.netns_cookie, error, datapath);
                         self.touched.insert(header.cookie);
@@ -293,6 +336,19 @@ impl Engine {
                 datapath.destroy(header.cookie, header.netns_cookie, 0);
             }
             kind => warn!(kind, "unknown record in the ring buffer"),
+        }
+    }
+
+    /// Ends what an earlier daemon had in its hands when it died: nobody knows how far it got. Call it when all records have been
+    /// read that were there when `orphans` were listed: flows whose first bytes were among them are ours, and go on.
+    pub fn end_orphans<D: Datapath>(&mut self, orphans: &[Orphan], datapath: &mut D) {
+        for orphan in orphans.iter().filter(|orphan| !self.flows.contains_key(&orphan.cookie)) {
+            datapath.count("daemon-died");
+            if orphan.observed {
+                let_go(orphan.cookie, orphan.ctl, datapath);
+            } else {
+                datapath.destroy(orphan.cookie, orphan.netns_cookie, 0);
+            }
         }
     }
 
@@ -395,9 +451,7 @@ impl Engine {
         }
         match flow {
             Some(flow) if observed => {
-                // Late bytes only mean that the next batch tries again.
-                let expected = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
-                let _ = datapath.hand_back(cookie, expected, HandBack::empty(State::Opaque, flow.epoch));
+                let_go(cookie, Ctl::new(State::Punted, flow.epoch, flow.received_bytes), datapath);
             }
             _ => datapath.destroy(cookie, netns_cookie, 0),
         }

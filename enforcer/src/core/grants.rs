@@ -73,6 +73,32 @@ impl GrantTable {
         }
     }
 
+    /// Takes over the grants that an earlier daemon gave; call it once, on an empty table, with all slots in order. Those of another
+    /// generation and revoked ones are not given to a token again, but their slots are in use until their time is over.
+    pub fn adopt(&mut self, slots: impl IntoIterator<Item = (u32, Grant)>, generation: u64, now: Now) {
+        let mut free = Vec::new();
+        for (slot, grant) in slots {
+            if grant.serial == 0 {
+                free.push(slot);
+                continue;
+            }
+            self.next_slot = slot + 1;
+            self.next_number = self.next_number.max(grant.serial >> GRANT_SLOT_BITS);
+            let key = (Fingerprint(grant.fingerprint), grant.server_id);
+            self.by_deadline.insert((grant.deadline_ns, slot), (key, grant.serial));
+            self.by_end.insert((grant.ends_at_unix_secs, slot));
+            let newest = self.held.get(&key).is_none_or(|held| held.serial < grant.serial);
+            if newest && grant.generation == generation && grant.revoked == 0 {
+                let granted = Granted { slot, serial: grant.serial, deadline_ns: grant.deadline_ns };
+                self.held.insert(key, granted);
+            }
+        }
+        // Slots that were never used need no rest.
+        let rested_ns = now.boot_ns.saturating_add(QUARANTINE_NS);
+        let used = free.into_iter().filter(|slot| *slot < self.next_slot);
+        self.resting.extend(used.map(|slot| (rested_ns, slot)));
+    }
+
     /// Grants in force, or not yet freed.
     #[must_use]
     pub fn len(&self) -> usize {

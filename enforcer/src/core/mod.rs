@@ -14,7 +14,7 @@ mod verifier;
 
 pub use bounds::MEMORY_MAX_BYTES;
 pub use endpoints::{EndpointPolicy, Endpoints};
-pub use engine::{Engine, EngineError, KeyRequest, Secrets};
+pub use engine::{Engine, EngineError, KeyRequest, Orphan, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};
 pub use numbers::{Numbers, NumbersError};
 pub use replies::ReplyTable;

@@ -15,6 +15,16 @@ pub struct ReplyTable {
 }
 
 impl ReplyTable {
+    /// Takes over the templates that an earlier daemon wrote: those of the numbers 0, 1, ... up to the first that is free. Call it
+    /// once, on an empty table.
+    pub fn adopt(&mut self, replies: impl IntoIterator<Item = Reply>) {
+        let used = replies.into_iter().take_while(|reply| reply.min_bytes != 0);
+        for (id, reply) in (0..MAX_REPLIES).zip(used) {
+            let bytes = reply.bytes.get(..reply.min_bytes as usize).unwrap_or(&reply.bytes);
+            self.ids.insert(bytes.to_vec(), id);
+        }
+    }
+
     /// The number of an answer, if the kernel can give it.
     pub fn id<D: Datapath>(&mut self, answer: &Answer, datapath: &mut D) -> Option<u32> {
         let template = template(answer)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use enforcer_common::abi::{
     EndpointKey, Ends, FAMILY_V4, Flow, Grant, GrantLabel, HeadDigest, PUNT_DATA, PUNT_OBSERVED,
-    PUNT_UNANSWERED, PuntHeader, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict,
+    PUNT_UNANSWERED, PuntHeader, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
 };
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use enforcer_common::flow::{Ctl, State};
@@ -418,4 +418,79 @@ fn without_a_slot_for_its_grant_a_good_request_does_not_pass() {
     assert!(bench.fake.server.is_empty());
     assert!(bench.fake.client.starts_with(b"HTTP/1.1 503 "));
     assert_eq!(bench.fake.counts, ["grant-table-full"]);
+}
+
+fn flow_of(state: State, flags: u32) -> Flow {
+    Flow { ctl: Ctl::new(state, EPOCH, 5).0, flags, ..sweep_tests::flow([0; 4]) }
+}
+
+#[test]
+fn only_flows_in_a_dead_daemons_hands_are_orphans() {
+    for state in [State::Head, State::Body, State::Chunked, State::Discard, State::Opaque] {
+        assert_eq!(Orphan::of(COOKIE, &flow_of(state, 0)), None, "{state:?}");
+    }
+    for state in [State::Punted, State::Dead] {
+        let orphan = Orphan::of(COOKIE, &flow_of(state, 0)).unwrap();
+        assert_eq!((orphan.cookie, orphan.ctl, orphan.observed), (COOKIE, Ctl::new(state, EPOCH, 5), false));
+    }
+}
+
+#[test]
+fn orphans_end_unless_their_first_bytes_were_still_to_be_read() {
+    let mut bench = Bench::new();
+    let good = bench.good("", "");
+    bench.punt(good.as_bytes(), 0, 0);
+    let orphan = |cookie, flags| Orphan::of(cookie, &flow_of(State::Punted, flags)).unwrap();
+    let observed = orphan(3, enforcer_common::abi::FLOW_OBSERVE);
+    bench.fake.backs.clear();
+    bench.engine.end_orphans(&[orphan(COOKIE, 0), orphan(2, 0), observed], &mut bench.fake);
+    assert_eq!(bench.fake.destroyed, BTreeSet::from([2]));
+    assert_eq!(bench.fake.backs, [(observed.ctl, HandBack::empty(State::Opaque, EPOCH))]);
+    assert_eq!(bench.fake.counts.iter().filter(|reason| **reason == "daemon-died").count(), 2);
+}
+
+#[test]
+fn adopted_grants_are_found_and_freed() {
+    let mut bench = Bench::new();
+    let good = bench.good("", "");
+    bench.punt(good.as_bytes(), 0, 0);
+    let (&slot, &grant) = bench.fake.grants.first_key_value().unwrap();
+    assert_eq!(slot, 0);
+    // A new daemon finds it, one of an earlier generation, and one that was revoked.
+    let old = Grant { serial: grant_serial(5, 2), generation: GENERATION - 1, fingerprint: [9; 16], ..grant };
+    let number = 1_000_000;
+    let revoked = Grant { serial: grant_serial(number, 3), fingerprint: [8; 16], revoked: 1, ..grant };
+    bench.fake.grants.insert(2, old);
+    bench.fake.grants.insert(3, revoked);
+    let mut table = GrantTable::new(1 << 16);
+    let free = Grant { serial: 0, ..grant };
+    let slots =
+        (0..8).map(|at| (at, bench.fake.grants.get(&at).copied().unwrap_or(free))).collect::<Vec<_>>();
+    table.adopt(slots, GENERATION, bench.now);
+    assert_eq!((table.len(), table.slots_used()), (1, 4));
+
+    let verified = World::new().verify().unwrap();
+    let later = Now { boot_ns: bench.now.boot_ns + 1_000_000_000, ..bench.now };
+    let mut give = |fingerprint, now| {
+        let fingerprint = crate::token::Fingerprint(fingerprint);
+        let ask = GrantFor {
+            token: &verified,
+            fingerprint,
+            server_id: grant.server_id,
+            server: "",
+            generation: GENERATION,
+        };
+        table.grant(ask, now, &mut bench.fake).unwrap()
+    };
+    let same = give(grant.fingerprint, later);
+    assert_eq!((same.slot, same.serial), (slot, grant.serial));
+    // The others get a slot that nobody used, as the free one rests, and a number that nobody had.
+    let fresh = give(revoked.fingerprint, later);
+    assert_eq!((fresh.slot, fresh.serial), (4, grant_serial(number + 1, 4)));
+    let rested = Now { boot_ns: bench.now.boot_ns + QUARANTINE_NS, ..bench.now };
+    assert_eq!(give(old.fingerprint, rested).slot, 1);
+    let end = Now { boot_ns: bench.now.boot_ns + 2 * GRANT_MAX_NS, ..bench.now };
+    table.free(&std::collections::HashSet::new(), end, &mut bench.fake);
+    assert!(table.is_empty());
+    assert!(bench.fake.grants.values().all(|grant| grant.serial == 0));
 }

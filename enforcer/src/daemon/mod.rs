@@ -1,12 +1,14 @@
 //! The daemon: brings the kernel programs to life, feeds the core, and takes them down again.
 
+mod adopt;
 mod kernel;
 pub mod selftest;
 mod setup;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use aya::maps::{MapData, RingBuf};
@@ -17,12 +19,14 @@ use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use crate::core::{Engine, KeyRequest, MEMORY_MAX_BYTES, Now};
-use crate::datapath::map_memory;
+use crate::datapath::{self, Living, PinDir, map_memory};
 use crate::keys::{BootInstant, KeyManager, KeyManagerHandle};
 use crate::lifecycle::lock::DaemonLock;
+use crate::lifecycle::start::{self, Ours, Start};
 use crate::lifecycle::{UnloadOptions, paths, unload};
 use crate::policy;
 use kernel::Kernel;
+use setup::Up;
 
 /// How often the daemon shows the kernel that it lives.
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -30,6 +34,8 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 pub const HEARTBEAT_LIMIT: Duration = Duration::from_secs(5);
 /// How long the start waits for the issuers' keys.
 const KEYS_TIMEOUT: Duration = Duration::from_secs(10);
+/// When a new daemon ends what an earlier one had begun: once no program can be about to hand over what it began before.
+const ORPHANS_AFTER: Duration = Duration::from_millis(100);
 /// Records after which other work gets its turn.
 const BATCH: usize = 512;
 
@@ -46,6 +52,8 @@ pub struct RunOptions {
     pub pin_name: String,
     /// SIGTERM leaves the enforcement in the kernel.
     pub keep: bool,
+    /// The programs of an enforcement that is adopted are replaced even if they are the same.
+    pub replace_programs: bool,
     /// How long connections may go on at the end, before they are destroyed.
     pub drain_timeout: Duration,
 }
@@ -72,31 +80,70 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
         info!(path = %options.bpffs.display(), "mounted a bpffs");
     }
     let cgroup = paths::cgroup(options.cgroup.as_deref())?;
-    // Before any thread exists: the test forks.
-    let report =
-        selftest::run(&options.bpffs).context("this kernel does not carry the datapath; not enforcing")?;
-    info!(%report, "datapath self-test passed");
+    let pins = paths::pin_dir(&options.bpffs, &options.pin_name);
+    let started_ns = now().boot_ns;
+    let ours = Ours {
+        cgroup_id: std::fs::metadata(&cgroup)?.ino(),
+        policy_hash: policy::hash(&policy),
+        object_hash: datapath::object_hash(),
+    };
+    start::settle(&pins)?;
+    let mut start = start::plan(Living::look(&pins).as_ref(), &ours)?;
+    if let Start::Adopt { replace_programs } = &mut start {
+        *replace_programs |= options.replace_programs;
+        adopt::claim(&pins, started_ns)?;
+    }
+    if start == (Start::Adopt { replace_programs: false }) {
+        info!("this kernel runs these very programs already; no self-test");
+    } else {
+        // Before any thread exists: the test forks.
+        let report = selftest::run(&options.bpffs)
+            .context("this kernel does not carry the datapath; not enforcing")?;
+        info!(%report, "datapath self-test passed");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let result = runtime.block_on(enforce(options, &Arc::new(policy), &cgroup));
+    let plan = Plan { start, ours, started_ns, cgroup, pins };
+    let result = runtime.block_on(enforce(options, &Arc::new(policy), &plan));
     drop(lock);
     result
 }
 
-async fn enforce(
-    options: &RunOptions,
-    policy: &Arc<policy::Policy>,
-    cgroup: &std::path::Path,
-) -> anyhow::Result<()> {
-    let pins = paths::pin_dir(&options.bpffs, &options.pin_name);
+/// What was found out before the start.
+struct Plan {
+    start: Start,
+    ours: Ours,
+    started_ns: u64,
+    cgroup: PathBuf,
+    pins: PinDir,
+}
+
+impl Plan {
+    fn bring_up(&self, policy: &policy::Policy) -> anyhow::Result<Up> {
+        match self.start {
+            Start::Adopt { replace_programs } => {
+                info!(
+                    replace_programs,
+                    "adopting what an earlier daemon left; connections, grants and counters go on"
+                );
+                return adopt::adopt(policy, &self.pins, &self.ours, replace_programs, self.started_ns);
+            }
+            Start::TakeOver { reason } => {
+                warn!(reason, "taking over from an earlier daemon; its connections are closed");
+            }
+            Start::Fresh => {}
+        }
+        setup::load(policy, &self.pins, &self.cgroup, &self.ours, self.started_ns)
+    }
+}
+
+async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let keys = KeyManager::start(Arc::clone(policy));
-    if !keys.wait_initial(KEYS_TIMEOUT).await {
-        for status in keys.status().iter().filter(|status| status.key_count == 0) {
-            warn!(issuer = status.name, error = ?status.last_error, "no keys yet; its tokens are refused with 503");
-        }
-    }
-    let (mut engine, mut kernel, ring) = setup::bring_up(policy, &pins, cgroup)?;
+    // Guarded first, then keys: what comes meanwhile waits.
+    let Up { mut engine, mut kernel, ring, mut orphans } = plan.bring_up(policy)?;
+    let since = Instant::now();
+    wait_for_keys(&keys, &mut kernel).await?;
     // Bringing up may have taken longer than a heartbeat may be old.
     kernel.heartbeat(now().boot_ns)?;
     let listeners = policy.servers.iter().map(|server| server.listen.len()).sum::<usize>();
@@ -104,9 +151,9 @@ async fn enforce(
         servers = policy.servers.len(),
         listeners,
         mode = ?policy.mode,
-        cgroup = %cgroup.display(),
-        pins = %pins.path().display(),
-        map_memory_bytes = map_memory(&pins).ok().map(|maps| maps.iter().map(|map| map.bytes).sum::<u64>()),
+        cgroup = %plan.cgroup.display(),
+        pins = %plan.pins.path().display(),
+        map_memory_bytes = map_memory(&plan.pins).ok().map(|maps| maps.iter().map(|map| map.bytes).sum::<u64>()),
         daemon_memory_max_bytes = MEMORY_MAX_BYTES,
         "ready"
     );
@@ -135,7 +182,7 @@ async fn enforce(
                 }
                 info!(reason, "stopping; new connections are not guarded any more, guarded ones may finish");
                 kernel.drain();
-                let (pins, drain_timeout) = (pins.clone(), options.drain_timeout);
+                let (pins, drain_timeout) = (plan.pins.clone(), options.drain_timeout);
                 unloading = Some(tokio::task::spawn_blocking(move || {
                     unload(&pins, &UnloadOptions { drain_timeout, force: false })
                 }));
@@ -146,6 +193,13 @@ async fn enforce(
             _ = heartbeat.tick() => {
                 if let Err(error) = kernel.heartbeat(now().boot_ns) {
                     error!(%error, "cannot write the heartbeat; the kernel will refuse unknown requests");
+                }
+                if !orphans.is_empty() && since.elapsed() >= ORPHANS_AFTER {
+                    // Those whose first bytes are in the ring buffer still are no orphans.
+                    while read(ring.get_mut(), &mut engine, &mut kernel, &keys) {}
+                    ask_for_keys(&mut engine, &keys, &answers);
+                    info!(flows = orphans.len(), "ending what the earlier daemon had begun");
+                    engine.end_orphans(&std::mem::take(&mut orphans), &mut kernel);
                 }
                 engine.tick(now(), &mut kernel);
                 kernel.destroy_due(now().boot_ns);
@@ -172,7 +226,27 @@ async fn enforce(
     }
 }
 
-/// Reads what is in the ring buffer; whether there may be more.
+/// Gives the issuers' keys a while to come. The kernel must not think meanwhile that nobody is there.
+async fn wait_for_keys(keys: &KeyManagerHandle, kernel: &mut Kernel) -> anyhow::Result<()> {
+    let initial = keys.wait_initial(KEYS_TIMEOUT);
+    tokio::pin!(initial);
+    let mut heartbeat = tokio::time::interval(HEARTBEAT);
+    let complete = loop {
+        tokio::select! {
+            complete = &mut initial => break complete,
+            _ = heartbeat.tick() => kernel.heartbeat(now().boot_ns)?,
+        }
+    };
+    if !complete {
+        for status in keys.status().iter().filter(|status| status.key_count == 0) {
+            warn!(issuer = status.name, error = ?status.last_error, "no keys yet; its tokens are refused with 503");
+        }
+    }
+    Ok(())
+}
+
+/// Reads what is in the ring buffer; whether there may be more. A record is taken out before anything is done about it: a daemon
+/// that dies in between leaves a request that nobody carries on, never one that the next daemon carries a second time.
 fn read(
     ring: &mut RingBuf<MapData>,
     engine: &mut Engine,
@@ -181,6 +255,7 @@ fn read(
 ) -> bool {
     let snapshot = keys.snapshot();
     let mut more = true;
+    let mut taken = Vec::new();
     for _ in 0..BATCH {
         let Some(record) = ring.next() else {
             more = false;
@@ -190,7 +265,10 @@ fn read(
             error!(length = record.len(), "malformed record in the ring buffer");
             continue;
         };
-        engine.record(&header, bytes, now(), &snapshot, kernel);
+        taken.clear();
+        taken.extend_from_slice(bytes);
+        drop(record);
+        engine.record(&header, &taken, now(), &snapshot, kernel);
     }
     engine.end_batch(kernel);
     more

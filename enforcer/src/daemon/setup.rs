@@ -2,17 +2,19 @@
 
 use anyhow::Context;
 use aya::maps::{MapData, RingBuf};
-use enforcer_common::abi::{ABI_VERSION, Config, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text};
+use enforcer_common::abi::{
+    ABI_VERSION, Config, DaemonState, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text,
+};
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::path::Path;
 use std::time::Duration;
-use tracing::info;
 
 use super::kernel::Kernel;
-use crate::core::{Endpoints, Engine, Numbers, Secrets};
+use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
 use crate::datapath::{self, Injectors, Maps, PinDir};
 use crate::http::answer;
+use crate::lifecycle::start::Ours;
 use crate::lifecycle::{UnloadOptions, unload};
 use crate::policy::{Mode, Policy};
 use crate::token::Fingerprinter;
@@ -20,23 +22,34 @@ use crate::token::Fingerprinter;
 /// Retry-After of the answer that the kernel gives while no daemon lives.
 const UNAVAILABLE_RETRY_SECS: u32 = 5;
 
+/// What guards, and what the daemon works with.
+pub(super) struct Up {
+    pub(super) engine: Engine,
+    pub(super) kernel: Kernel,
+    pub(super) ring: RingBuf<MapData>,
+    /// What an earlier daemon had in its hands.
+    pub(super) orphans: Vec<Orphan>,
+}
+
 /// Loads the programs, writes the policy into their maps, and attaches them. On an error nothing stays.
-pub(super) fn bring_up(
+pub(super) fn load(
     policy: &Policy,
     pins: &PinDir,
     cgroup: &Path,
-) -> anyhow::Result<(Engine, Kernel, RingBuf<MapData>)> {
-    let staging = pins.staging();
-    // What a start that was killed left behind. It may guard connections, so it is unloaded, not just removed.
-    let retired = pins.retired();
-    for left in [&staging, &retired] {
-        unload(left, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
-    }
+    ours: &Ours,
+    started_ns: u64,
+) -> anyhow::Result<Up> {
+    let (staging, retired) = (pins.staging(), pins.retired());
     let mut loaded = datapath::load(&staging)?;
     let mut maps = Maps::open(&staging)?;
     let ring = Maps::punts(&staging)?;
-    let secrets = secrets()?;
+    let (secrets, fingerprint_key) = secrets()?;
     maps.set_digest_key(&secrets.digest)?;
+    maps.set_daemon_state(&DaemonState {
+        fingerprint_key,
+        policy_hash: ours.policy_hash,
+        object_hash: ours.object_hash,
+    })?;
     let injectors = Injectors::new(&mut maps)?;
 
     let now_ns = super::now().boot_ns;
@@ -75,23 +88,24 @@ pub(super) fn bring_up(
         heartbeat_ns: now_ns,
         heartbeat_limit_ns: super::HEARTBEAT_LIMIT.as_nanos() as u64,
         loaded_ns: now_ns,
+        daemon_started_ns: started_ns,
         daemon_pid: std::process::id(),
         draining: 0,
     })?;
     loaded.attach(cgroup)?;
     // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed; a connection that
     // both would tag in between is cut off.
-    if pins.exists() {
-        info!(pins = %pins.path().display(), "taking over from an earlier daemon; its connections are closed");
+    if pins.path().exists() {
         std::fs::rename(pins.path(), retired.path())
             .with_context(|| format!("cannot move {} aside", pins.path().display()))?;
     }
     kernel.hold(loaded.commit(pins)?);
     unload(&retired, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
-    Ok((engine, kernel, ring))
+    Ok(Up { engine, kernel, ring, orphans: Vec::new() })
 }
 
-fn secrets() -> anyhow::Result<Secrets> {
+/// Fresh secrets, and the key that the fingerprints are made with.
+fn secrets() -> anyhow::Result<(Secrets, [u8; 32])> {
     let random = SystemRandom::new();
     let mut fingerprint = [0; 32];
     let mut words = vec![0_u8; KEY_WORDS * 8];
@@ -103,5 +117,5 @@ fn secrets() -> anyhow::Result<Secrets> {
     for (word, bytes) in digest.words.iter_mut().zip(words.chunks_exact(8)) {
         *word = bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
     }
-    Ok(Secrets { digest, fingerprint: Fingerprinter::new(fingerprint) })
+    Ok((Secrets { digest, fingerprint: Fingerprinter::new(fingerprint) }, fingerprint))
 }

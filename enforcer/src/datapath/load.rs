@@ -1,17 +1,18 @@
 //! Loading, attaching and pinning the kernel programs.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, SockHash, SockMap};
 use aya::programs::{
-    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramError, SkSkb, SockOps,
+    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, SkSkb, SockOps,
     links::{FdLink, PinnedLink},
 };
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use enforcer_common::abi::map;
 
-use super::{EBPF_OBJECT, GATE_PIN, LINK_PIN, OffsetError, PinDir, TcpOffsets};
+use super::{EBPF_OBJECT, GATE_PIN, LINK_PIN, OffsetError, PinDir, TcpOffsets, sys};
 
 /// Why the programs are not in the kernel. Whatever had been done before the error was undone.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,14 @@ pub enum LoadError {
         name: &'static str,
         /// What the kernel said.
         source: ProgramError,
+    },
+    /// A program of a living enforcement could not be replaced.
+    #[error("cannot put the program `{name}` in its predecessor's place: {source}")]
+    Replace {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
     },
     /// A map is not as it should be.
     #[error("map `{name}`: {}", chain(.source))]
@@ -59,6 +68,9 @@ pub enum LoadError {
     },
 }
 
+/// Lines of a verifier log that are shown: its last ones say what is wrong.
+const MAX_LOG_LINES: usize = 12;
+
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -67,7 +79,20 @@ fn chain(error: &dyn std::error::Error) -> String {
         text.push_str(&error.to_string());
         source = error.source();
     }
-    text
+    last_lines(&text)
+}
+
+/// The first line, which says what failed, and the last ones.
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    match lines.split_first() {
+        Some((first, rest)) if rest.len() > MAX_LOG_LINES => {
+            let left_out = rest.len() - MAX_LOG_LINES;
+            let last = rest.get(left_out..).unwrap_or_default().join("\n");
+            format!("{first}\n({left_out} lines left out)\n{last}")
+        }
+        _ => text.to_owned(),
+    }
 }
 
 /// The programs are in the kernel, their maps are pinned, nothing is attached to a cgroup yet.
@@ -83,9 +108,8 @@ pub struct Loaded {
 /// # Errors
 /// See [`LoadError`].
 pub fn load(pins: &PinDir) -> Result<Loaded, LoadError> {
-    let offsets = TcpOffsets::of_running_kernel()?;
     std::fs::create_dir_all(pins.path()).map_err(|error| pin_error(pins.path(), &error))?;
-    match load_into(pins, offsets) {
+    match load_into(pins) {
         Ok(ebpf) => Ok(Loaded { ebpf, pins: pins.clone(), links: Vec::new(), committed: false }),
         Err(error) => {
             let _ = pins.remove();
@@ -94,7 +118,43 @@ pub fn load(pins: &PinDir) -> Result<Loaded, LoadError> {
     }
 }
 
-fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
+fn load_into(pins: &PinDir) -> Result<Ebpf, LoadError> {
+    let mut ebpf = load_programs(pins)?;
+    attach_to_sockets(&mut ebpf, pins)?;
+    for name in PROGRAMS {
+        pin(&mut ebpf, name, &pins.pin(&pin_of(name)))?;
+    }
+    Ok(ebpf)
+}
+
+/// Puts this program's own kernel programs in the place of those of a living enforcement, over the same maps. At no moment is
+/// there none. Connections that are open keep the judge that they were accepted under.
+///
+/// # Errors
+/// See [`LoadError`]. Some programs may have been replaced then; the others guard as before.
+pub fn replace(pins: &PinDir) -> Result<(), LoadError> {
+    let mut ebpf = load_programs(pins)?;
+    for (name, link) in [("tag_flow", LINK_PIN), ("gate", GATE_PIN)] {
+        let path = pins.pin(link);
+        let link = sys::open(&path).map_err(|error| pin_error(&path, &error))?;
+        let program =
+            any_program(&mut ebpf, name)?.fd().map_err(|source| LoadError::Program { name, source })?.as_fd();
+        sys::update_link(link.as_fd(), program).map_err(|source| LoadError::Replace { name, source })?;
+    }
+    attach_to_sockets(&mut ebpf, pins)?;
+    for name in PROGRAMS {
+        let (lasting, beside) = (pins.pin(&pin_of(name)), pins.pin(&format!("{}_new", pin_of(name))));
+        // Of a daemon that was killed right here.
+        let _ = std::fs::remove_file(&beside);
+        pin(&mut ebpf, name, &beside)?;
+        std::fs::rename(&beside, &lasting).map_err(|error| pin_error(&lasting, &error))?;
+    }
+    Ok(())
+}
+
+/// Opens or makes the maps, by their pins, and loads all programs.
+fn load_programs(pins: &PinDir) -> Result<Ebpf, LoadError> {
+    let offsets = TcpOffsets::of_running_kernel()?;
     let mut loader = EbpfLoader::new();
     loader
         .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
@@ -112,7 +172,19 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
         loader.map_pin_path(name, pins.pin(name));
     }
     let mut ebpf = loader.load(EBPF_OBJECT)?;
+    for name in ["judge", "inject"] {
+        let program: &mut SkSkb = program(&mut ebpf, name)?;
+        program.load().map_err(|source| LoadError::Program { name, source })?;
+    }
+    let tag_flow: &mut SockOps = program(&mut ebpf, "tag_flow")?;
+    tag_flow.load().map_err(|source| LoadError::Program { name: "tag_flow", source })?;
+    let gate: &mut CgroupSkb = program(&mut ebpf, "gate")?;
+    gate.load().map_err(|source| LoadError::Program { name: "gate", source })?;
+    Ok(ebpf)
+}
 
+/// Sockets that join the maps from here on come under these programs.
+fn attach_to_sockets(ebpf: &mut Ebpf, pins: &PinDir) -> Result<(), LoadError> {
     let sockets =
         SockHash::<_, u64>::try_from(ebpf.map(map::SOCKETS).ok_or(LoadError::Missing(map::SOCKETS))?)
             .map_err(|source| LoadError::Map { name: map::SOCKETS, source })?
@@ -125,31 +197,35 @@ fn load_into(pins: &PinDir, offsets: TcpOffsets) -> Result<Ebpf, LoadError> {
         .try_clone()
         .map_err(|error| pin_error(pins.path(), &error))?;
     for (name, socket_map) in [("judge", &sockets), ("inject", &injectors)] {
-        let program: &mut SkSkb = program(&mut ebpf, name)?;
+        let program: &mut SkSkb = program(ebpf, name)?;
         let failed = |source| LoadError::Program { name, source };
-        program.load().map_err(failed)?;
         let link = program.attach(socket_map).map_err(failed)?;
         // The map keeps the program: it must outlive this process, and does not detach when the link is dropped.
         std::mem::forget(program.take_link(link).map_err(failed)?);
-        program.pin(pins.pin(&format!("prog_{name}"))).map_err(|error| pin_error(pins.path(), &error))?;
     }
-    let tag_flow: &mut SockOps = program(&mut ebpf, "tag_flow")?;
-    tag_flow.load().map_err(|source| LoadError::Program { name: "tag_flow", source })?;
-    tag_flow.pin(pins.pin("prog_tag_flow")).map_err(|error| pin_error(pins.path(), &error))?;
-    let gate: &mut CgroupSkb = program(&mut ebpf, "gate")?;
-    gate.load().map_err(|source| LoadError::Program { name: "gate", source })?;
-    gate.pin(pins.pin("prog_gate")).map_err(|error| pin_error(pins.path(), &error))?;
-    Ok(ebpf)
+    Ok(())
+}
+
+/// The programs that are pinned.
+const PROGRAMS: &[&str] = &["judge", "inject", "tag_flow", "gate"];
+
+fn pin_of(program: &str) -> String {
+    format!("prog_{program}")
+}
+
+fn pin(ebpf: &mut Ebpf, name: &'static str, path: &Path) -> Result<(), LoadError> {
+    any_program(ebpf, name)?.pin(path).map_err(|error| pin_error(path, &error))
+}
+
+fn any_program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, LoadError> {
+    ebpf.program_mut(name).ok_or(LoadError::Missing(name))
 }
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, LoadError>
 where
-    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
 {
-    ebpf.program_mut(name)
-        .ok_or(LoadError::Missing(name))?
-        .try_into()
-        .map_err(|source| LoadError::Program { name, source })
+    any_program(ebpf, name)?.try_into().map_err(|source| LoadError::Program { name, source })
 }
 
 fn pin_error(path: &Path, error: &dyn std::error::Error) -> LoadError {
@@ -202,5 +278,19 @@ impl Drop for Loaded {
         if !self.committed {
             let _ = self.pins.remove();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_long_log_the_end_is_kept() {
+        assert_eq!(last_lines("one\ntwo"), "one\ntwo");
+        let log: String = (0..10_000).map(|line| format!("{line}\n")).collect();
+        let cut = last_lines(&log);
+        assert!(cut.starts_with("0\n(9987 lines left out)\n9988\n"), "{cut}");
+        assert!(cut.ends_with("\n9999"), "{cut}");
     }
 }

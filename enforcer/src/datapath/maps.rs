@@ -5,8 +5,8 @@ use std::borrow::{Borrow, BorrowMut};
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
-    ABI_VERSION, Config, Counter, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_FLOWS,
-    ReasonName, Reply, ServerLabel, Verdict, map, text,
+    ABI_VERSION, Config, Counter, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest,
+    MAX_FLOWS, ReasonName, Reply, ServerLabel, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
 
@@ -149,6 +149,7 @@ pub struct Maps {
     /// What can be looked at.
     pub live: Live,
     digest_key: Array<MapData, DigestKey>,
+    daemon_state: Array<MapData, DaemonState>,
     replies: Array<MapData, Reply>,
     injectors: SockMap<MapData>,
     sink: SockMap<MapData>,
@@ -163,6 +164,7 @@ impl Maps {
         Ok(Self {
             live: Live::open(pins)?,
             digest_key: open(pins, map::DIGEST_KEY, Map::Array)?,
+            daemon_state: open(pins, map::DAEMON_STATE, Map::Array)?,
             replies: open(pins, map::REPLIES, Map::Array)?,
             injectors: open(pins, map::INJECTORS, Map::SockMap)?,
             sink: open(pins, map::SINK, Map::SockMap)?,
@@ -191,6 +193,38 @@ impl Maps {
     /// See [`LiveError`].
     pub fn set_digest_key(&mut self, key: &DigestKey) -> Result<(), LiveError> {
         set(&mut self.digest_key, map::DIGEST_KEY, 0, *key)
+    }
+
+    /// The digest key.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn digest_key(&self) -> Result<DigestKey, LiveError> {
+        get(&self.digest_key, map::DIGEST_KEY, 0)
+    }
+
+    /// What the last daemon left.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn daemon_state(&self) -> Result<DaemonState, LiveError> {
+        get(&self.daemon_state, map::DAEMON_STATE, 0)
+    }
+
+    /// Leaves this to the next daemon.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_daemon_state(&mut self, state: &DaemonState) -> Result<(), LiveError> {
+        set(&mut self.daemon_state, map::DAEMON_STATE, 0, *state)
+    }
+
+    /// Reads a response template.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn reply(&self, id: u32) -> Result<Reply, LiveError> {
+        get(&self.replies, map::REPLIES, id)
     }
 
     /// Protects an endpoint.

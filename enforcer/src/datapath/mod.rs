@@ -2,14 +2,17 @@
 //! destroying sockets. Nothing here decides about a request.
 
 mod inject;
+mod living;
 mod load;
 mod maps;
 mod memory;
 mod netns;
 mod offsets;
+mod sys;
 
 pub use inject::{InjectError, Injectors};
-pub use load::{LoadError, Loaded, load};
+pub use living::{Living, object_hash};
+pub use load::{LoadError, Loaded, load, replace};
 pub use maps::{Live, LiveError, Maps};
 pub use memory::{MapMemory, map_memory};
 pub use netns::SocketDestroyer;

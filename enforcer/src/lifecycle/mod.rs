@@ -3,6 +3,7 @@
 pub mod doctor;
 pub mod lock;
 pub mod paths;
+pub mod start;
 #[cfg(test)]
 pub(crate) mod testing;
 mod unload;

@@ -100,6 +100,7 @@ impl TestEnforcement {
             heartbeat_ns: now_ns,
             heartbeat_limit_ns: u64::MAX / 2,
             loaded_ns: now_ns,
+            daemon_started_ns: now_ns,
             daemon_pid: std::process::id(),
             draining: 0,
         })

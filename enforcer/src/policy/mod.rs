@@ -59,6 +59,17 @@ pub fn load(path: &Path) -> Result<(Policy, Vec<Warning>), PolicyErrors> {
     compile(&name, &text, Path::exists)
 }
 
+/// SHA-256 of all that a policy says, and of the version of the program that judges by it. What was decided under one hash holds
+/// under no other.
+#[must_use]
+pub fn hash(policy: &Policy) -> [u8; 32] {
+    // The debug form has every field there is, also those that are added later.
+    let text = format!("{} {policy:?}", env!("CARGO_PKG_VERSION"));
+    let mut hash = [0; 32];
+    hash.copy_from_slice(ring::digest::digest(&ring::digest::SHA256, text.as_bytes()).as_ref());
+    hash
+}
+
 /// Compiles the text of a policy file; `file_name` is what messages call it, and its directory is where the file's
 /// relative paths begin. Reads nothing else.
 ///

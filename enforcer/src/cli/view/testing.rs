@@ -16,6 +16,7 @@ pub(super) fn config() -> Config {
         heartbeat_ns: NOW_NS - 400_000_000,
         heartbeat_limit_ns: 5_000_000_000,
         loaded_ns: NOW_NS - 90_000_000_000,
+        daemon_started_ns: NOW_NS - 60_000_000_000,
         daemon_pid: 42,
         draining: 0,
     }

@@ -1,0 +1,114 @@
+//! Over an enforcement that an earlier daemon left: its maps are taken over as they are, and connections go on.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use aya::programs::links::PinnedLink;
+use enforcer_common::abi::{Config, DaemonState, Grant, MAX_REPLIES, map, text_str};
+
+use super::kernel::Kernel;
+use super::setup::Up;
+use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
+use crate::datapath::{self, GATE_PIN, Injectors, LINK_PIN, LiveError, Maps, PinDir};
+use crate::lifecycle::start::Ours;
+use crate::policy::Policy;
+use crate::token::Fingerprinter;
+
+/// Shows the kernel that a daemon is there, so that requests which it does not know wait for it instead of being refused, and tells
+/// an earlier daemon's watcher that it is not needed any more.
+pub(super) fn claim(pins: &PinDir, started_ns: u64) -> Result<(), LiveError> {
+    let mut maps = Maps::open(pins)?;
+    let config = maps.live.configuration()?;
+    maps.set_config(Config {
+        heartbeat_ns: super::now().boot_ns,
+        daemon_started_ns: started_ns,
+        daemon_pid: std::process::id(),
+        ..config
+    })
+}
+
+/// Takes over maps and links, and what they tell: keys, grants, templates. The policy must be the one that they were filled by.
+pub(super) fn adopt(
+    policy: &Policy,
+    pins: &PinDir,
+    ours: &Ours,
+    replace_programs: bool,
+    started_ns: u64,
+) -> anyhow::Result<Up> {
+    if replace_programs {
+        let mut maps = Maps::open(pins)?;
+        let state = maps.daemon_state()?;
+        // Should we be killed in the middle, the next start knows that it can't tell which programs are there.
+        maps.set_daemon_state(&DaemonState { object_hash: [0; 32], ..state })?;
+        datapath::replace(pins)?;
+        maps.set_daemon_state(&DaemonState { object_hash: ours.object_hash, ..state })?;
+    }
+    let mut maps = Maps::open(pins)?;
+    let now = super::now();
+    let config = Config {
+        heartbeat_ns: now.boot_ns,
+        heartbeat_limit_ns: super::HEARTBEAT_LIMIT.as_nanos() as u64,
+        daemon_started_ns: started_ns,
+        daemon_pid: std::process::id(),
+        // It was being unloaded, by a process that did not get to the end.
+        draining: 0,
+        ..maps.live.configuration()?
+    };
+    maps.set_config(config)?;
+    let orphans = orphans(&maps)?;
+    let ring = Maps::punts(pins)?;
+    let injectors = Injectors::new(&mut maps)?;
+    let links = [LINK_PIN, GATE_PIN].map(|name| PinnedLink::from_pin(pins.pin(name)));
+    let links = links.into_iter().collect::<Result<_, _>>().context("cannot hold the links")?;
+
+    let secrets = Secrets {
+        digest: Box::new(maps.digest_key()?),
+        fingerprint: Fingerprinter::new(maps.daemon_state()?.fingerprint_key),
+    };
+    let endpoints = Endpoints::of(policy, &numbers(&maps)?.next(policy)?);
+    let mut engine = Engine::new(endpoints, config.generation, now.boot_ns, secrets);
+    engine.replies().adopt((0..MAX_REPLIES).map_while(|id| maps.reply(id).ok()));
+    let grants = grants(&maps)?;
+    let mut kernel = Kernel::new(maps, injectors);
+    kernel.hold(links);
+    engine.grants().adopt(grants, config.generation, now);
+    Ok(Up { engine, kernel, ring, orphans })
+}
+
+/// What the earlier daemon had in its hands. Whatever joins later is ours.
+fn orphans(maps: &Maps) -> Result<Vec<Orphan>, LiveError> {
+    // A walk may show a flow twice.
+    let mut orphans = BTreeMap::new();
+    maps.live.each_flow(&mut |cookie, flow| {
+        if let Some(orphan) = Orphan::of(cookie, flow) {
+            orphans.insert(cookie, orphan);
+        }
+    })?;
+    Ok(orphans.into_values().collect())
+}
+
+/// The numbers that the earlier daemon gave.
+fn numbers(maps: &Maps) -> Result<Numbers, LiveError> {
+    let labels = &maps.live.server_labels;
+    let labels =
+        (0..labels.len()).map(|id| labels.get(&id, 0).map(|label| (id, text_str(&label.name).to_owned())));
+    let servers = labels
+        .filter(|label| !label.as_ref().is_ok_and(|(_, name)| name.is_empty()))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|source| LiveError::Map { name: map::SERVER_LABELS, source })?;
+    let endpoints = maps
+        .live
+        .endpoints
+        .iter()
+        .map(|entry| entry.map(|(key, endpoint)| (key, endpoint.endpoint_id)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|source| LiveError::Map { name: map::ENDPOINTS, source })?;
+    Ok(Numbers::found(servers, endpoints))
+}
+
+/// All slots.
+fn grants(maps: &Maps) -> Result<Vec<(u32, Grant)>, LiveError> {
+    let slots = 0..maps.live.grants.len();
+    let grants = slots.map(|slot| maps.live.grants.get(&slot, 0).map(|grant| (slot, grant)));
+    grants.collect::<Result<_, _>>().map_err(|source| LiveError::Map { name: map::GRANTS, source })
+}

@@ -1,0 +1,70 @@
+//! What a start finds in a pin directory.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use enforcer_common::abi::{DaemonState, map};
+use ring::digest::{SHA256, digest};
+
+use super::{EBPF_OBJECT, GATE_PIN, LINK_PIN, Maps, PinDir, sys};
+
+/// An enforcement that an earlier daemon left in the kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Living {
+    /// ABI version in its configuration; `None`: it can't be read, 0: none was written.
+    pub abi_version: Option<u32>,
+    /// Every map has the layout that this program knows.
+    pub complete: bool,
+    /// Cgroup that its links are attached to; `None`: one is missing, or its cgroup is gone.
+    pub cgroup_id: Option<u64>,
+    /// What its daemon left to the next one.
+    pub state: Option<DaemonState>,
+}
+
+impl Living {
+    /// Looks at what is pinned; `None`: nothing.
+    #[must_use]
+    pub fn look(pins: &PinDir) -> Option<Self> {
+        if !pins.path().exists() {
+            return None;
+        }
+        let abi_version = first_word(&pins.pin(map::CONFIG));
+        let all_there = map::ALL.iter().all(|name| pins.pin(name).exists());
+        // Opening checks key and value sizes, and the version.
+        let maps = if all_there { Maps::open(pins).ok() } else { None };
+        Some(Self {
+            abi_version,
+            complete: maps.is_some(),
+            cgroup_id: cgroup_id(pins),
+            state: maps.and_then(|maps| maps.daemon_state().ok()),
+        })
+    }
+
+    /// Whether programs in this directory tag and gate connections.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.cgroup_id.is_some()
+    }
+}
+
+fn first_word(pin: &Path) -> Option<u32> {
+    sys::first_word(sys::open(pin).ok()?.as_fd()).ok()
+}
+
+/// The cgroup of both links.
+fn cgroup_id(pins: &PinDir) -> Option<u64> {
+    let cgroup_of = |name: &str| {
+        let link = sys::open(&pins.pin(name)).ok()?;
+        sys::link_cgroup_id(link.as_fd()).ok().filter(|id| *id != 0)
+    };
+    let (tag_flow, gate) = (cgroup_of(LINK_PIN)?, cgroup_of(GATE_PIN)?);
+    (tag_flow == gate).then_some(tag_flow)
+}
+
+/// SHA-256 of the object with this program's kernel programs.
+#[must_use]
+pub fn object_hash() -> [u8; 32] {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest(&SHA256, EBPF_OBJECT).as_ref());
+    hash
+}
