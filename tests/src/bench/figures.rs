@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::stats::{Spread, median};
-use super::{FirstSeen, Pair, Samples, TokenRound};
+use super::{FirstSeen, Pair, Revocation, Samples, TokenRound};
 use crate::load::LoadReport;
 
 const STREAM_MIB: f64 = 64.0;
@@ -40,6 +40,8 @@ pub enum Unit {
     Microseconds,
     /// Nanoseconds.
     Nanoseconds,
+    /// Milliseconds.
+    Milliseconds,
 }
 
 /// A bound.
@@ -81,7 +83,7 @@ pub fn figures(samples: &Samples) -> Result<Vec<Figure>> {
     let p99: Get = |run| run.latency.p99_us;
     let at_least = |bound| Some(Target::AtLeast(bound));
     let at_most = |bound| Some(Target::AtMost(bound));
-    Ok(vec![
+    let mut all = vec![
         ratio("throughput_ratio_1", "1 connection", one, rate, at_least(0.90))?,
         ratio("throughput_ratio_64", "64 connections", one_token.clone(), rate, at_least(0.87))?,
         ratio("throughput_ratio_64_tokens_1000", "64 connections, 1,000 tokens", many_tokens, rate, None)?,
@@ -122,6 +124,28 @@ pub fn figures(samples: &Samples) -> Result<Vec<Figure>> {
         stream(&samples.stream_64mib_s)?,
         judge("judge_run_ns", "judge, per call, 64 connections", samples, |connections| connections > 1)?,
         judge("judge_run_ns_1", "judge, per call, 1 connection", samples, |connections| connections == 1)?,
+    ];
+    all.extend(revocation_figures(&samples.revocation)?);
+    Ok(all)
+}
+
+/// The figures about streams of tokens that are no longer good.
+///
+/// # Errors
+/// When there are no samples.
+pub fn revocation_figures(samples: &Revocation) -> Result<[Figure; 4]> {
+    let figure = |key, what, spread| {
+        let target = Some(Target::AtMost(1000.0));
+        Figure { key, what, unit: Unit::Milliseconds, direct: None, enforced: None, spread, target }
+    };
+    let spread = |values: &[f64]| Spread::of(values.iter().copied());
+    let worst = |values: &[f64]| Spread::of(values.iter().copied().max_by(f64::total_cmp));
+    let (revoked, expired) = (&samples.revoked_ms, &samples.expired_ms);
+    Ok([
+        figure("revocation_p50_ms", "`revoke` to a stream's last byte", spread(revoked)?),
+        figure("revocation_max_ms", "the same, longest", worst(revoked)?),
+        figure("expiry_p50_ms", "a token's end to a stream's last byte", spread(expired)?),
+        figure("expiry_max_ms", "the same, longest", worst(expired)?),
     ])
 }
 
@@ -286,6 +310,7 @@ mod tests {
             first_seen_rs256: first_seen(30.0, 530.0),
             stream_64mib_s: vec![pair(0.020, 0.025)],
             judge: vec![judge(64, 500.0), judge(1, 400.0)],
+            revocation: Revocation { revoked_ms: vec![10.0, 30.0, 20.0], expired_ms: vec![1500.0] },
         }
     }
 
@@ -314,6 +339,9 @@ mod tests {
         assert_eq!(close("stream_ratio_64mib", 0.8), Some(false));
         assert_eq!(close("judge_run_ns", 500.0), None);
         assert_eq!(close("judge_run_ns_1", 400.0), None);
+        assert_eq!(close("revocation_p50_ms", 20.0), Some(true));
+        assert_eq!(close("revocation_max_ms", 30.0), Some(true));
+        assert_eq!(close("expiry_p50_ms", 1500.0), Some(false));
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod judge;
 mod machine;
 mod markdown;
 mod pinning;
+pub mod revocation;
 mod rounds;
 mod stats;
 mod stream;
@@ -25,12 +26,13 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-pub use figures::{Figure, Target, Unit, figures};
+pub use figures::{Figure, Target, Unit, figures, revocation_figures};
 pub use first_seen::FirstSeen;
 pub use interrupt::catch_signals;
 pub use judge::JudgeRun;
 pub use machine::Machine;
 pub use markdown::write_markdown;
+pub use revocation::Revocation;
 pub use rounds::TokenRound;
 pub use stats::Spread;
 pub use table::table;
@@ -57,6 +59,8 @@ pub struct Plan {
     pub first_seen_pairs: usize,
     /// Pairs of 64 MiB responses.
     pub stream_pairs: usize,
+    /// Streams whose token is revoked, and as many whose token ends.
+    pub revoked_streams: usize,
 }
 
 impl Plan {
@@ -69,6 +73,7 @@ impl Plan {
         refusal_pairs: 30,
         first_seen_pairs: 2000,
         stream_pairs: 60,
+        revoked_streams: 50,
     };
     /// Half a minute: shows that everything works, and the order of magnitude.
     pub const QUICK: Self = Self {
@@ -79,6 +84,7 @@ impl Plan {
         refusal_pairs: 8,
         first_seen_pairs: 200,
         stream_pairs: 10,
+        revoked_streams: 10,
     };
 }
 
@@ -128,6 +134,8 @@ pub struct Samples {
     pub stream_64mib_s: Vec<Pair<f64>>,
     /// Calls of the judging program, on 64 and on one connection.
     pub judge: Vec<JudgeRun>,
+    /// Streams of tokens that were revoked, or have ended.
+    pub revocation: Revocation,
 }
 
 /// A run of the benchmark.
@@ -160,6 +168,8 @@ pub fn run(plan: Plan, command: String, mut progress: impl FnMut(&str)) -> Resul
     })?;
     progress("taking down");
     bed.stop()?;
+    progress("streams of revoked and of expired tokens");
+    let samples = Samples { revocation: revocation::measure(plan.revoked_streams)?, ..samples };
     Ok(Report { machine, plan, command, samples })
 }
 
@@ -189,6 +199,7 @@ fn measure(bed: &mut Bed, pinning: &Pinning, plan: Plan, progress: &mut impl FnM
         first_seen_rs256,
         stream_64mib_s,
         judge,
+        revocation: Revocation { revoked_ms: Vec::new(), expired_ms: Vec::new() },
     })
 }
 

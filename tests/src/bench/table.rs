@@ -34,11 +34,13 @@ pub(super) fn row(figure: &Figure) -> [String; 6] {
         Unit::RequestsPerSecond | Unit::MebibytesPerSecond => format!("{value:.3}"),
         Unit::Microseconds => format!("{value:+.2}"),
         Unit::Nanoseconds => format!("{value:.0}"),
+        Unit::Milliseconds => format!("{value:.1}"),
     };
     let unit = match figure.unit {
         Unit::RequestsPerSecond | Unit::MebibytesPerSecond => "",
         Unit::Microseconds => " us",
         Unit::Nanoseconds => " ns",
+        Unit::Milliseconds => " ms",
     };
     let quartiles = if spread.low.total_cmp(&spread.high).is_eq() {
         String::new()
@@ -61,6 +63,7 @@ fn column(value: f64, unit: Unit) -> String {
         Unit::MebibytesPerSecond => format!("{value:.0} MiB/s"),
         Unit::Microseconds => format!("{value:.2} us"),
         Unit::Nanoseconds => format!("{value:.0} ns"),
+        Unit::Milliseconds => format!("{value:.1} ms"),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use enforcer_tests::bench::{self, Plan};
 use enforcer_tests::guard::Deadline;
 
@@ -18,6 +18,9 @@ struct Arguments {
     /// Half a minute instead of three: does everything work, and what is the order of magnitude?
     #[arg(long)]
     quick: bool,
+    /// Measure one thing only
+    #[arg(long, value_enum, conflicts_with_all = ["json", "markdown"])]
+    only: Option<Only>,
     /// Write figures and raw samples as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -26,11 +29,26 @@ struct Arguments {
     markdown: Option<PathBuf>,
 }
 
+/// What can be measured by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Only {
+    /// How long streams of revoked and of expired tokens go on
+    Revocation,
+}
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let (plan, limit_minutes) = if arguments.quick { (Plan::QUICK, 5) } else { (Plan::FULL, 15) };
     let _deadline = Deadline::new("enforcer-bench", Duration::from_secs(limit_minutes * 60));
     bench::catch_signals()?;
+    if arguments.only == Some(Only::Revocation) {
+        println!("{}\n", bench::Machine::describe()?.line());
+        print!(
+            "{}",
+            bench::table(&bench::revocation_figures(&bench::revocation::measure(plan.revoked_streams)?)?)
+        );
+        return Ok(());
+    }
     let start = Instant::now();
     let command = if arguments.quick { "cargo xtask bench --quick" } else { "cargo xtask bench" };
     let report = bench::run(plan, command.to_owned(), |step| {
