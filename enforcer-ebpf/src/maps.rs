@@ -5,8 +5,9 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash, SockMap};
 use enforcer_common::abi::{
     Config, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_COUNTERS,
-    MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS, MAX_REPLIES, MAX_SERVERS, MAX_SOCKETS,
-    MAX_VERDICTS, PUNTS_BYTES, ReasonName, Reply, ServerLabel, Verdict,
+    MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS, MAX_REPLIES, MAX_REVOCATIONS,
+    MAX_SERVERS, MAX_SOCKETS, MAX_VERDICTS, PUNTS_BYTES, REVOCATION_WORDS, ReasonName, Reply, Revocation,
+    ServerLabel, Verdict,
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::head::HeadBuf;
@@ -76,3 +77,9 @@ pub(crate) static GRANT_LABELS: Array<GrantLabel> = Array::with_max_entries(MAX_
 
 #[map]
 pub(crate) static SERVER_LABELS: Array<ServerLabel> = Array::with_max_entries(MAX_SERVERS, 0);
+
+#[map]
+pub(crate) static REVOCATIONS: HashMap<u64, Revocation> = HashMap::with_max_entries(MAX_REVOCATIONS, 0);
+
+#[map]
+pub(crate) static REVOCATION_STATE: Array<u64> = Array::with_max_entries(REVOCATION_WORDS, 0);

@@ -21,6 +21,7 @@ pub use policy::{IssuerSpec, PolicySpec, ServerSpec};
 
 const BPFFS: &str = "/sys/fs/bpf";
 const RUN_DIR: &str = "/run/enforcer";
+const STATE_DIR: &str = "/var/lib/enforcer";
 const PIN_PREFIX: &str = "enforcer-test-";
 /// From the command to the line `ready`: the kernel's self-test and the issuers' keys, on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -204,6 +205,12 @@ impl Enforcement {
         Path::new(BPFFS).join(&self.pin_name)
     }
 
+    /// Where it keeps its revocations.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        Path::new(STATE_DIR).join(&self.pin_name)
+    }
+
     /// Pins of this enforcement: the directory, and those used while it is made or replaced.
     #[must_use]
     pub fn leftover_pins(&self) -> Vec<PathBuf> {
@@ -324,7 +331,8 @@ pub fn remove_traces(pin_name: &str) {
             eprintln!("{} stays behind: {error}", path.display());
         }
     }
-    // By design the daemon leaves its lock file; a test does not.
+    // By design the daemon leaves its lock file and its state; a test does not.
+    drop(fs::remove_dir_all(Path::new(STATE_DIR).join(pin_name)));
     drop(fs::remove_file(Path::new(RUN_DIR).join(format!("{pin_name}.lock"))));
 }
 
@@ -336,7 +344,7 @@ fn belongs_to(path: &Path, pin_name: &str) -> bool {
 
 /// Removes what test processes that no longer run left behind (killed before they could clean up).
 fn sweep() {
-    for path in entries(Path::new(BPFFS)).into_iter().chain(entries(Path::new(RUN_DIR))) {
+    for path in [BPFFS, RUN_DIR, STATE_DIR].iter().flat_map(|directory| entries(Path::new(directory))) {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
         let pid = name.strip_prefix(PIN_PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
         if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {

@@ -11,6 +11,7 @@ mod grant;
 mod label;
 mod punt;
 mod reply;
+mod revocation;
 
 pub use config::*;
 pub use counter::*;
@@ -20,6 +21,7 @@ pub use grant::*;
 pub use label::*;
 pub use punt::*;
 pub use reply::*;
+pub use revocation::*;
 
 /// Version of everything in this module. It moves when a layout or the meaning of a field does.
 pub const ABI_VERSION: u32 = 3;
@@ -60,6 +62,10 @@ pub mod map {
     pub const GRANT_LABELS: &str = "GRANT_LABELS";
     /// Labels of servers; no program reads it.
     pub const SERVER_LABELS: &str = "SERVER_LABELS";
+    /// Revocations by number; no program reads it.
+    pub const REVOCATIONS: &str = "REVOCATIONS";
+    /// Words that belong to them; no program reads it.
+    pub const REVOCATION_STATE: &str = "REVOCATION_STATE";
 
     /// All of them: what is pinned.
     pub const ALL: &[&str] = &[
@@ -80,6 +86,8 @@ pub mod map {
         SCRATCH,
         GRANT_LABELS,
         SERVER_LABELS,
+        REVOCATIONS,
+        REVOCATION_STATE,
     ];
 }
 

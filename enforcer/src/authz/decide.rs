@@ -240,6 +240,12 @@ pub fn decide<'h, T: TokenVerifier>(
         (Err(TokenFault::UnknownKey { .. }), KeyLookup::Final) => {
             return refuse(answer::invalid_token(server, "unknown-key"), CacheFor::Short);
         }
+        (Err(TokenFault::RevocationsUnavailable), _) => {
+            return refuse(
+                answer::unavailable("revocations-unavailable", KEYS_RETRY_AFTER_SECONDS),
+                CacheFor::Never,
+            );
+        }
         (Err(TokenFault::KeysUnavailable { .. }), _) => {
             return refuse(
                 answer::unavailable("keys-unavailable", KEYS_RETRY_AFTER_SECONDS),

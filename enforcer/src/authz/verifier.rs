@@ -40,4 +40,7 @@ pub enum TokenFault {
         /// Issuer identifier.
         issuer: String,
     },
+    /// Nobody can tell which tokens are revoked.
+    #[error("the revocations can't be read")]
+    RevocationsUnavailable,
 }

@@ -10,13 +10,16 @@ use clap::Args;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::Global;
 use super::exit::{FAILURE, NOT_LOADED, OK, REJECTED, USAGE, failed};
-use super::output::{Render, print, table};
+use super::output::{Render, print, say, table};
+use super::view::revocations::selection;
+use super::{Global, live};
+use crate::datapath::LiveError;
 use crate::keys::{KeyManager, KeyManagerHandle, KeySnapshot};
 use crate::lifecycle::lock;
 use crate::policy::{self, Policy, Server};
-use crate::token::{self, MAX_TOKEN_BYTES, Outcome};
+use crate::revocation::{RevocationList, Subject};
+use crate::token::{self, Check, Fingerprinter, MAX_TOKEN_BYTES, Outcome, VerifiedToken};
 
 /// How long the issuers' keys may take.
 const KEYS_TIMEOUT: Duration = Duration::from_secs(15);
@@ -103,7 +106,11 @@ pub(super) fn run(command: &Command, global: &Global) -> anyhow::Result<u8> {
     let (keys, key_errors) = load_keys(&policy, server)?;
     let now_unix_secs =
         SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs();
-    let explanation = explain(&token, server, path, &keys, key_errors, now_unix_secs);
+    let revoked = revoked(global).unwrap_or_else(|error| {
+        say(&format!("enforcer: revocations are not looked at: {error:#}"));
+        None
+    });
+    let explanation = explain(&token, server, path, &keys, key_errors, revoked.as_ref(), now_unix_secs);
     print(global.output, &explanation)?;
     Ok(if explanation.would_pass { OK } else { REJECTED })
 }
@@ -114,9 +121,11 @@ fn explain(
     policy: PathBuf,
     keys: &KeySnapshot,
     key_errors: Vec<KeyError>,
+    revoked: Option<&Revoked>,
     now_unix_secs: u64,
 ) -> Explanation {
-    let checks = token::explain(token, server, keys, now_unix_secs);
+    let (mut checks, verified) = token::explain(token, server, keys, now_unix_secs);
+    checks.extend(revoked.map(|revoked| revoked.check(token, verified.as_ref(), server, now_unix_secs)));
     Explanation {
         server: server.name.clone(),
         policy,
@@ -127,6 +136,50 @@ fn explain(
             .map(|check| Row { name: check.name, outcome: outcome(check.outcome), detail: check.detail })
             .collect(),
         key_errors,
+    }
+}
+
+/// The revocations of the enforcement.
+struct Revoked {
+    list: RevocationList,
+    fingerprinter: Fingerprinter,
+}
+
+/// `None`: there never was an enforcement.
+fn revoked(global: &Global) -> anyhow::Result<Option<Revoked>> {
+    let state = global.state();
+    let Some(key) = state.read_fingerprint_key()? else { return Ok(None) };
+    let all = match live::open(global) {
+        Ok(live) => live.revocations()?,
+        Err(error) if matches!(error.downcast_ref(), Some(LiveError::NotLoaded(_))) => {
+            state.read()?.unwrap_or_default().revocations
+        }
+        Err(error) => return Err(error),
+    };
+    Ok(Some(Revoked { list: RevocationList::new(&all), fingerprinter: Fingerprinter::new(key) }))
+}
+
+impl Revoked {
+    fn check(
+        &self,
+        token: &str,
+        verified: Option<&VerifiedToken>,
+        server: &Server,
+        now_unix_secs: u64,
+    ) -> Check {
+        let fingerprint = self.fingerprinter.fingerprint(token.as_bytes());
+        let found = verified.map(|verified| {
+            self.list.find(&Subject::of_token(verified, fingerprint, &server.name), now_unix_secs)
+        });
+        let (outcome, detail) = match found {
+            None => (Outcome::Skipped, "an earlier check failed".to_owned()),
+            Some(None) => (Outcome::Pass, format!("token {fingerprint} is not revoked")),
+            Some(Some((id, entry))) => (
+                Outcome::Fail,
+                format!("token {fingerprint} is revoked, by number {id}: {}", selection(entry)),
+            ),
+        };
+        Check { name: "revocation", outcome, detail }
     }
 }
 

@@ -22,6 +22,12 @@ pub(super) fn remaining_secs(then_ns: u64, now_ns: u64) -> i64 {
     i64::try_from(secs).unwrap_or(i64::MAX)
 }
 
+/// Seconds since 1970, now; 0 for a clock before that.
+pub(super) fn unix_secs() -> u64 {
+    let now = std::time::SystemTime::now();
+    now.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
 /// A duration in its two largest units, e.g. `3m12s`; below a second in milliseconds.
 pub(super) fn duration(ms: u64) -> String {
     let secs = ms / 1000;

@@ -9,6 +9,7 @@ mod explain;
 pub(crate) mod format;
 mod live;
 mod output;
+mod revoke;
 pub mod run;
 mod unload;
 mod view;
@@ -21,6 +22,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::datapath::{PIN_NAME, PinDir};
 use crate::lifecycle::paths;
+use crate::revocation::store::{STATE_DIR, StateDir};
 use exit::{OK, USAGE};
 pub use output::Output;
 
@@ -35,6 +37,7 @@ Examples:
   enforcer status                               is it enforcing?
   enforcer flows --output json                  live connections, for programs
   enforcer explain --server files < token       would this token pass, and why not?
+  enforcer revoke --issuer corp --subject alice end what alice's tokens opened, refuse them
   enforcer unload                               remove everything from the kernel";
 
 /// Zero-trust authorization for MCP servers, enforced in the kernel
@@ -62,9 +65,16 @@ struct Global {
     /// Which enforcement: the name of its pin directory
     #[arg(long, global = true, value_name = "NAME", default_value = PIN_NAME, value_parser = paths::pin_name)]
     pin_name: String,
+    /// Where revocations are recorded: a directory per pin name in it, for root only
+    #[arg(long, global = true, value_name = "PATH", default_value = STATE_DIR)]
+    state_dir: PathBuf,
 }
 
 impl Global {
+    fn state(&self) -> StateDir {
+        StateDir::new(&self.state_dir, &self.pin_name)
+    }
+
     fn pins(&self) -> PinDir {
         paths::pin_dir(&self.bpffs, &self.pin_name)
     }
@@ -94,6 +104,10 @@ enum Command {
     /// Tokens are shown by a keyed fingerprint, the same that stands in the log.
     Grants,
     Counters(CountersCommand),
+    /// Tokens that are refused although issuer and policy would accept them, by number
+    Revocations,
+    Revoke(revoke::Command),
+    Unrevoke(revoke::UndoCommand),
     Explain(explain::Command),
     Doctor(doctor::Command),
     Unload(unload::Command),
@@ -149,6 +163,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Verdicts => view::verdicts(&global),
         Command::Grants => view::grants(&global),
         Command::Counters(command) => view::counters(&global, command.all),
+        Command::Revocations => view::revocations(&global),
+        Command::Revoke(command) => revoke::run(&command, &global),
+        Command::Unrevoke(command) => revoke::undo(&command, &global),
         Command::Explain(command) => explain::run(&command, &global),
         Command::Doctor(command) => doctor::run(command, &global),
         Command::Unload(command) => unload::run(&command, &global),

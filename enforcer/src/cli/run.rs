@@ -96,6 +96,7 @@ impl Command {
                 cgroup: self.cgroup,
                 bpffs: global.bpffs.clone(),
                 pin_name: global.pin_name.clone(),
+                state: global.state(),
                 keep: self.keep,
                 replace_programs: self.replace_programs,
                 drain_timeout: Duration::from_secs(self.drain_timeout),

@@ -63,7 +63,7 @@ fn check_says_4_for_defects() {
 #[test]
 fn run_takes_its_options_and_the_global_ones() {
     let line = "enforcer --pin-name two run --policy p.yaml --cgroup /c --log-format json --log-level debug --keep \
-                --drain-timeout 3 --bpffs /b";
+                --drain-timeout 3 --bpffs /b --state-dir /s";
     let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
     let Command::Run(command) = cli.command else { panic!("not run") };
     let expected = run::RunArgs {
@@ -72,6 +72,7 @@ fn run_takes_its_options_and_the_global_ones() {
             cgroup: Some("/c".into()),
             bpffs: "/b".into(),
             pin_name: "two".into(),
+            state: StateDir::new("/s".as_ref(), "two"),
             keep: true,
             replace_programs: false,
             drain_timeout: std::time::Duration::from_secs(3),

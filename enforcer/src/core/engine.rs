@@ -14,13 +14,16 @@ use enforcer_common::head;
 use tracing::{debug, info, warn};
 
 use crate::authz::{self, CacheFor, Decision, KeyLookup, Options};
-use crate::http::answer::Answer;
+use crate::http::answer::{self, Answer};
 use crate::http::head::{DEFAULT_MAX_HEAD_BYTES, Framing, HeadError, find_head_end, may_become_head};
 use crate::keys::KeySnapshot;
 use crate::policy::Server;
+use crate::revocation::{RevocationList, Subject};
 use crate::token::Fingerprinter;
 
-use super::{Datapath, Endpoints, GrantFor, GrantTable, HandBack, KeyedVerifier, Now, ReplyTable, Sweeper};
+use super::{
+    Datapath, Endpoints, GrantFor, GrantTable, HandBack, KeyedVerifier, Now, ReplyTable, Revoked, Sweeper,
+};
 
 /// Bytes of one flow that may wait for a decision.
 const PARKED_MAX_BYTES: usize = 1 << 20;
@@ -96,6 +99,15 @@ impl EngineError {
             Self::EndpointRemoved => "endpoint-removed",
         }
     }
+}
+
+/// Why a good request got no grant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum NoGrant {
+    /// No slot is free, or the grant can't be written.
+    Full,
+    /// Its token was revoked since it was verified.
+    Revoked,
 }
 
 /// A key that the engine waits for. Answer with [`Engine::keys_refreshed`].
@@ -231,6 +243,7 @@ pub struct Engine {
     secrets: Secrets,
     grants: GrantTable,
     sweeper: Sweeper,
+    revoked: Revoked,
     replies: ReplyTable,
     flows: HashMap<u64, Punted>,
     parked_bytes: usize,
@@ -253,6 +266,7 @@ impl Engine {
             secrets,
             grants: GrantTable::new(first_serial),
             sweeper: Sweeper::default(),
+            revoked: Revoked::default(),
             replies: ReplyTable::default(),
             flows: HashMap::new(),
             parked_bytes: 0,
@@ -410,6 +424,7 @@ impl Engine {
                 self.give_up(cookie, netns_cookie, EngineError::HeadTimeout, datapath);
             }
         }
+        self.look_for_revocations(now, datapath);
         self.sweeper.tick(now, &mut self.grants, datapath);
         self.log.refill();
         if now.boot_ns >= self.next_sweep_ns {
@@ -418,6 +433,20 @@ impl Engine {
                 self.flows.keys().copied().filter(|cookie| !datapath.flow_exists(*cookie)).collect();
             gone.into_iter().for_each(|cookie| self.forget(cookie));
         }
+    }
+
+    /// Grants were revoked: connections that carry answers to their requests end with one of the next ticks.
+    pub const fn sweep_soon(&mut self, now: Now) {
+        self.sweeper.wake(now);
+    }
+
+    /// Whether other tokens may be revoked than when this was asked last.
+    fn look_for_revocations<D: Datapath>(&mut self, now: Now, datapath: &mut D) -> bool {
+        let changed = self.revoked.look(datapath);
+        if changed {
+            self.sweeper.wake(now);
+        }
+        changed
     }
 
     /// Keeps the parked bytes of all flows bounded: the oldest unfinished heads give way, so that clients which never finish theirs
@@ -554,6 +583,7 @@ impl Engine {
         keys: &KeySnapshot,
         datapath: &mut D,
     ) -> Result<(), EngineError> {
+        self.look_for_revocations(now, datapath);
         let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
         if !may_become_head(&flow.parked) {
             return Err(EngineError::NotHttp);
@@ -573,7 +603,7 @@ impl Engine {
             None if flow.parked.len() > DEFAULT_MAX_HEAD_BYTES => {
                 let error =
                     HeadError::TooLarge { len_bytes: flow.parked.len(), max_bytes: DEFAULT_MAX_HEAD_BYTES };
-                let answer = crate::http::answer::broken_head(&error).finish("GET");
+                let answer = answer::broken_head(&error).finish("GET");
                 return self.answer(cookie, &answer, None, datapath);
             }
             None => return Ok(()),
@@ -584,7 +614,12 @@ impl Engine {
         let endpoint = self.endpoints.0.get(&endpoint_id).ok_or(EngineError::EndpointRemoved)?;
         let servers: Vec<&Server> = endpoint.servers.iter().map(|(_, server)| server.as_ref()).collect();
         let server_id = |index: usize| endpoint.servers.get(index).map(|(id, _)| *id);
-        let verifier = KeyedVerifier { keys, now_unix_secs: now.unix_secs };
+        let verifier = KeyedVerifier {
+            keys,
+            revocations: self.revoked.list(),
+            fingerprinter: &self.secrets.fingerprint,
+            now_unix_secs: now.unix_secs,
+        };
         let options = Options { key_lookup, ..Options::default() };
         match authz::decide(head_bytes, &servers, &verifier, &options) {
             Decision::Allow { server_index, verified, token, framing, cacheable, .. } => {
@@ -598,8 +633,8 @@ impl Engine {
                     generation: self.generation,
                 };
                 match self.allow(cookie, head_bytes, ask, framing, cacheable, now, datapath) {
-                    Some(serial) => self.pass(cookie, server_id, serial, head_bytes, rest, framing, datapath),
-                    None => self.no_grant(cookie, framing, datapath),
+                    Ok(serial) => self.pass(cookie, server_id, serial, head_bytes, rest, framing, datapath),
+                    Err(why) => self.no_grant(cookie, &server, framing, why, datapath),
                 }
             }
             Decision::Public { server_index, framing, cacheable, .. } => {
@@ -654,7 +689,7 @@ impl Engine {
         }
     }
 
-    /// Writes grant and verdict; the grant's serial. `None`: there is no grant, so the request must not pass.
+    /// Writes grant and verdict; the grant's serial. Without a grant the request must not pass: nothing could end what it opens.
     #[expect(clippy::too_many_arguments, reason = "one call, all of it needed")]
     fn allow<D: Datapath>(
         &mut self,
@@ -665,9 +700,18 @@ impl Engine {
         cacheable: bool,
         now: Now,
         datapath: &mut D,
-    ) -> Option<u64> {
-        let endpoint_id = self.flows.get(&cookie)?.endpoint_id;
-        let granted = self.grants.grant(ask, now, datapath)?;
+    ) -> Result<u64, NoGrant> {
+        let endpoint_id = self.flows.get(&cookie).ok_or(NoGrant::Full)?.endpoint_id;
+        let granted = self.grants.grant(ask, now, datapath).ok_or(NoGrant::Full)?;
+        // Whoever revoked the token since it was verified may have looked for its grant before it was there.
+        if self.look_for_revocations(now, datapath) {
+            let subject = Subject::of_token(ask.token, ask.fingerprint, ask.server);
+            let good = |list: &RevocationList| list.find(&subject, now.unix_secs).is_none();
+            if !self.revoked.list().is_some_and(good) {
+                GrantTable::revoke(granted, datapath);
+                return Err(NoGrant::Revoked);
+            }
+        }
         if tracing::enabled!(tracing::Level::DEBUG) {
             debug!(
                 fingerprint = %ask.fingerprint,
@@ -684,22 +728,27 @@ impl Engine {
             let verdict = (VERDICT_ALLOW, granted.slot, granted.serial, granted.deadline_ns, ask.server_id);
             self.write_verdict(head_bytes, endpoint_id, framing, verdict, datapath);
         }
-        Some(granted.serial)
+        Ok(granted.serial)
     }
 
-    /// 503: a good request whose grant can't be written. It must not pass: nothing could end what it opens.
+    /// The answer to a good request that got no grant.
     fn no_grant<D: Datapath>(
         &mut self,
         cookie: u64,
+        server: &Server,
         framing: Framing,
+        why: NoGrant,
         datapath: &mut D,
     ) -> Result<(), EngineError> {
-        let reason = "grant-table-full";
-        datapath.count(reason);
+        let draft = match why {
+            NoGrant::Full => answer::unavailable("grant-table-full", RETRY_AFTER_SECS),
+            NoGrant::Revoked => answer::invalid_token(server, "revoked"),
+        };
+        let answer = draft.closing().finish("POST");
+        datapath.count(answer.reason);
         if self.log.admit() {
-            warn!(reason, peer = datapath.peer(cookie), "refused");
+            info!(status = answer.status, reason = answer.reason, peer = datapath.peer(cookie), "refused");
         }
-        let answer = crate::http::answer::unavailable(reason, RETRY_AFTER_SECS).closing().finish("POST");
         self.answer(cookie, &answer, Some(framing), datapath)
     }
 

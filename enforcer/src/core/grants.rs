@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
 use enforcer_common::abi::{
-    GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, grant_serial, text,
+    GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, REVOKED_BY_OPERATOR, grant_serial, text,
 };
+
+use tracing::error;
 
 use crate::revocation::name_hash;
 use crate::token::{Fingerprint, VerifiedToken};
@@ -135,7 +137,7 @@ impl GrantTable {
         let (slot, serial, requests) = match held {
             Some((held, requests)) => (held.slot, held.serial, requests),
             None => {
-                let slot = self.free_slot(now)?;
+                let slot = self.free_slot(now, datapath)?;
                 self.next_number += 1;
                 (slot, grant_serial(self.next_number, slot), 0)
             }
@@ -174,7 +176,7 @@ impl GrantTable {
         Some(granted)
     }
 
-    fn free_slot(&mut self, now: Now) -> Option<u32> {
+    fn free_slot<D: Datapath>(&mut self, now: Now, datapath: &mut D) -> Option<u32> {
         if let Some((free_ns, slot)) = self.resting.front().copied()
             && free_ns <= now.boot_ns
         {
@@ -184,8 +186,20 @@ impl GrantTable {
         if self.next_slot >= MAX_GRANTS {
             return None;
         }
+        datapath.set_grant_slots(self.next_slot + 1).ok()?;
         self.next_slot += 1;
         Some(self.next_slot - 1)
+    }
+
+    /// Revokes a grant that should not have been given: its token was revoked meanwhile.
+    pub fn revoke<D: Datapath>(granted: Granted, datapath: &mut D) {
+        let revoked = datapath.grant(granted.slot).and_then(|current| {
+            let revoked = Grant { revoked: REVOKED_BY_OPERATOR, ..current };
+            if current.serial == granted.serial { datapath.set_grant(granted.slot, &revoked) } else { Ok(()) }
+        });
+        if let Err(error) = revoked {
+            error!(%error, slot = granted.slot, "a grant could not be revoked; it has no verdict");
+        }
     }
 
     /// Whether a token has ended since this was asked last, so that its streams must end.

@@ -7,6 +7,7 @@ mod engine;
 mod grants;
 mod numbers;
 mod replies;
+mod revoked;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -18,11 +19,14 @@ pub use engine::{Engine, EngineError, KeyRequest, Orphan, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};
 pub use numbers::{Numbers, NumbersError};
 pub use replies::ReplyTable;
+pub use revoked::Revoked;
 pub use sweep::{Stream, StreamEnd, Sweeper, must_end};
 pub use verifier::KeyedVerifier;
 
 use enforcer_common::abi::{Ends, Flow, Grant, GrantLabel, HeadDigest, Reply, Verdict};
 use enforcer_common::flow::Ctl;
+
+use crate::revocation::Revocations;
 
 /// What the core asks of the kernel. Every call may fail; the core then destroys the flow or does without the fast path.
 pub trait Datapath {
@@ -52,6 +56,24 @@ pub trait Datapath {
 
     /// Destroys a connection that has no flow record.
     fn destroy_stray(&mut self, cookie: u64, netns_cookie: u64, interface: u32, ends: Ends);
+
+    /// Where the list of revocations stands: it moves with each change.
+    ///
+    /// # Errors
+    /// It can't be told.
+    fn revocation_epoch(&mut self) -> Result<u64, Self::Error>;
+
+    /// All revocations.
+    ///
+    /// # Errors
+    /// They can't be read.
+    fn revocations(&mut self) -> Result<Revocations, Self::Error>;
+
+    /// Says that slots of grants below this one may be in use from now on.
+    ///
+    /// # Errors
+    /// It can't be said: who looks for grants would not find those.
+    fn set_grant_slots(&mut self, slots: u32) -> Result<(), Self::Error>;
 
     /// Shows all flows; one that comes or goes meanwhile may be missed.
     ///

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use enforcer_common::abi::{
     EndpointKey, Ends, FAMILY_V4, Flow, Grant, GrantLabel, HeadDigest, PUNT_DATA, PUNT_OBSERVED,
-    PUNT_UNANSWERED, PuntHeader, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
+    PUNT_UNANSWERED, PuntHeader, Reply, Revocation, VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
 };
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use enforcer_common::flow::{Ctl, State};
@@ -14,6 +14,8 @@ use enforcer_common::head;
 use super::sweep::tests as sweep_tests;
 use super::*;
 use crate::keys::KeySnapshot;
+use crate::revocation::Revocations;
+use crate::revocation::tests::revocation;
 use crate::token::Fingerprinter;
 use crate::token::testing::{NOW, World};
 
@@ -36,6 +38,32 @@ struct Fake {
     full: bool,
     /// Grants can't be written.
     no_grants: bool,
+    revocations: Revocations,
+    epoch: u64,
+    /// The revocations can't be read.
+    no_revocations: bool,
+    /// Calls of the daemon after which the operator's side takes its next step.
+    steps_at: Vec<u32>,
+    calls: u32,
+}
+
+impl Fake {
+    /// The operator's side of a revocation of everything, a step at a time: the list, the epoch, the grants.
+    fn operator(&mut self) {
+        self.calls += 1;
+        while self.steps_at.first().is_some_and(|at| *at < self.calls) {
+            self.operator_step();
+        }
+    }
+
+    fn operator_step(&mut self) {
+        match self.steps_at.len() {
+            3 => _ = self.revocations.insert(1, everything()),
+            2 => self.epoch += 1,
+            _ => self.grants.values_mut().for_each(|grant| grant.revoked = 1),
+        }
+        self.steps_at.remove(0);
+    }
 }
 
 impl Datapath for Fake {
@@ -73,6 +101,20 @@ impl Datapath for Fake {
         self.destroyed.insert(cookie);
     }
 
+    fn revocation_epoch(&mut self) -> Result<u64, Self::Error> {
+        self.operator();
+        Ok(self.epoch)
+    }
+
+    fn revocations(&mut self) -> Result<Revocations, Self::Error> {
+        self.operator();
+        if self.no_revocations { Err("unreadable") } else { Ok(self.revocations.clone()) }
+    }
+
+    fn set_grant_slots(&mut self, _slots: u32) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     fn flows(&mut self, each: &mut dyn FnMut(u64, &Flow)) -> Result<(), Self::Error> {
         self.flows.iter().for_each(|(cookie, flow)| each(*cookie, flow));
         Ok(())
@@ -87,15 +129,18 @@ impl Datapath for Fake {
     }
 
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), Self::Error> {
+        self.operator();
         self.verdicts.insert(digest, verdict);
         Ok(())
     }
 
     fn grant(&mut self, slot: u32) -> Result<Grant, Self::Error> {
+        self.operator();
         self.grants.get(&slot).copied().ok_or("no such slot")
     }
 
     fn set_grant(&mut self, slot: u32, grant: &Grant) -> Result<(), Self::Error> {
+        self.operator();
         if self.no_grants {
             return Err("full");
         }
@@ -104,6 +149,7 @@ impl Datapath for Fake {
     }
 
     fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), Self::Error> {
+        self.operator();
         self.labels.insert(slot, *label);
         Ok(())
     }
@@ -125,6 +171,7 @@ struct Bench {
     key: Box<DigestKey>,
     now: Now,
     offset_bytes: u64,
+    epoch: u32,
 }
 
 impl Bench {
@@ -147,6 +194,7 @@ impl Bench {
             key,
             now: Now { boot_ns: 1_000_000_000_000, unix_secs: NOW },
             offset_bytes: 0,
+            epoch: EPOCH,
         }
     }
 
@@ -168,7 +216,7 @@ impl Bench {
             netns_cookie: 0,
             skip_bytes,
             kind: PUNT_DATA,
-            epoch: EPOCH,
+            epoch: self.epoch,
             len_bytes: bytes.len() as u32,
             flags,
             endpoint_id: 0,
@@ -493,4 +541,78 @@ fn adopted_grants_are_found_and_freed() {
     table.free(&std::collections::HashSet::new(), end, &mut bench.fake);
     assert!(table.is_empty());
     assert!(bench.fake.grants.values().all(|grant| grant.serial == 0));
+}
+
+fn everything() -> Revocation {
+    Revocation { issued_until_unix_secs: NOW + 60, expires_at_unix_secs: NOW + 3600, ..revocation(0) }
+}
+
+fn revoke_all(fake: &mut Fake) {
+    fake.revocations.insert(1, everything());
+    fake.epoch += 1;
+}
+
+#[test]
+fn a_revoked_token_gets_401_and_no_grant() {
+    let mut bench = Bench::new();
+    revoke_all(&mut bench.fake);
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    assert!(bench.fake.server.is_empty() && bench.fake.grants.is_empty());
+    let answer = String::from_utf8_lossy(&bench.fake.client).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 401 ") && answer.contains("error=\"invalid_token\""), "{answer}");
+    assert_eq!(bench.fake.counts, ["revoked"]);
+    // Taken back, it is good again.
+    bench.fake.revocations.clear();
+    bench.fake.epoch += 1;
+    bench.punt(request.as_bytes(), 0, 0);
+    assert_eq!(bench.fake.server, request.as_bytes());
+}
+
+#[test]
+fn while_the_revocations_cannot_be_read_no_token_is_accepted() {
+    let mut bench = Bench::new();
+    bench.fake.no_revocations = true;
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    assert!(bench.fake.server.is_empty() && bench.fake.grants.is_empty());
+    assert!(bench.fake.client.starts_with(b"HTTP/1.1 503 "));
+    bench.fake.no_revocations = false;
+    bench.punt(request.as_bytes(), 0, 0);
+    assert_eq!(bench.fake.server, request.as_bytes());
+}
+
+/// The operator's three steps at every point between the daemon's calls, while it gives a grant and then extends it: no grant is left
+/// that a head could pass by, and nothing passes that came after the last step.
+#[test]
+fn no_grant_slips_through_between_daemon_and_operator() {
+    let two_requests = |steps_at: Vec<u32>| {
+        let never = steps_at.is_empty();
+        let mut bench = Bench::new();
+        bench.fake.steps_at = steps_at;
+        let request = bench.good("", "");
+        bench.punt(request.as_bytes(), 0, 0);
+        let revoked = !never && bench.fake.steps_at.is_empty();
+        let passed = bench.fake.server.len();
+        // The connection is closed when the token is revoked in the middle; the next request comes on another one.
+        bench.offset_bytes = 0;
+        bench.epoch += 1;
+        bench.punt(request.as_bytes(), 0, 0);
+        assert!(!revoked || bench.fake.server.len() == passed, "passed after it was revoked");
+        bench
+    };
+    let calls = two_requests(vec![]).fake.calls;
+    assert!(calls >= 8, "{calls}");
+    for first in 0..=calls {
+        for second in first..=calls {
+            for third in second..=calls {
+                let mut bench = two_requests(vec![first, second, third]);
+                while !bench.fake.steps_at.is_empty() {
+                    bench.fake.operator_step();
+                }
+                let alive = bench.fake.grants.values().find(|grant| grant.serial != 0 && grant.revoked == 0);
+                assert_eq!(alive, None, "steps at {first}, {second}, {third}");
+            }
+        }
+    }
 }

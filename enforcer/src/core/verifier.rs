@@ -1,14 +1,19 @@
-//! Token verification with the keys and the time of one decision.
+//! Token verification with the keys, the revocations and the time of one decision.
 
 use crate::authz::{TokenFault, TokenVerifier};
 use crate::keys::KeySnapshot;
 use crate::policy::Server;
-use crate::token::{self, TokenError, VerifiedToken};
+use crate::revocation::{RevocationList, Subject};
+use crate::token::{self, Fingerprinter, TokenError, VerifiedToken};
 
-/// Verifies with these keys at this time.
+/// Verifies with these keys and revocations at this time.
 pub struct KeyedVerifier<'a> {
     /// Issuers' keys.
     pub keys: &'a KeySnapshot,
+    /// Revocations; `None`: they can't be read, and no token is accepted.
+    pub revocations: Option<&'a RevocationList>,
+    /// Fingerprints, as the revocations have them.
+    pub fingerprinter: &'a Fingerprinter,
     /// Seconds since 1970.
     pub now_unix_secs: u64,
 }
@@ -17,11 +22,21 @@ impl TokenVerifier for KeyedVerifier<'_> {
     type Verified = VerifiedToken;
 
     fn verify(&self, token: &str, server: &Server) -> Result<VerifiedToken, TokenFault> {
-        token::verify(token, server, self.keys, self.now_unix_secs).map_err(|error| match error {
-            TokenError::UnknownKey { issuer, kid } => TokenFault::UnknownKey { issuer, kid },
-            TokenError::KeysUnavailable { issuer } => TokenFault::KeysUnavailable { issuer },
-            error => TokenFault::Invalid { reason: error.reason().name() },
-        })
+        let verified =
+            token::verify(token, server, self.keys, self.now_unix_secs).map_err(|error| match error {
+                TokenError::UnknownKey { issuer, kid } => TokenFault::UnknownKey { issuer, kid },
+                TokenError::KeysUnavailable { issuer } => TokenFault::KeysUnavailable { issuer },
+                error => TokenFault::Invalid { reason: error.reason().name() },
+            })?;
+        let list = self.revocations.ok_or(TokenFault::RevocationsUnavailable)?;
+        if !list.is_empty() {
+            let fingerprint = self.fingerprinter.fingerprint(token.as_bytes());
+            let subject = Subject::of_token(&verified, fingerprint, &server.name);
+            if list.find(&subject, self.now_unix_secs).is_some() {
+                return Err(TokenFault::Invalid { reason: "revoked" });
+            }
+        }
+        Ok(verified)
     }
 
     fn missing_scopes(&self, verified: &VerifiedToken, needed: &[String]) -> Vec<String> {

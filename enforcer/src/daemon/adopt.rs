@@ -7,6 +7,7 @@ use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{Config, DaemonState, Grant, MAX_REPLIES, map, text_str};
 
 use super::kernel::Kernel;
+use super::revocations::State;
 use super::setup::Up;
 use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
 use crate::datapath::{self, GATE_PIN, Injectors, LINK_PIN, LiveError, Maps, PinDir};
@@ -34,6 +35,7 @@ pub(super) fn adopt(
     ours: &Ours,
     replace_programs: bool,
     started_ns: u64,
+    state: &State<'_>,
 ) -> anyhow::Result<Up> {
     if replace_programs {
         let mut maps = Maps::open(pins)?;
@@ -61,10 +63,11 @@ pub(super) fn adopt(
     let links = [LINK_PIN, GATE_PIN].map(|name| PinnedLink::from_pin(pins.pin(name)));
     let links = links.into_iter().collect::<Result<_, _>>().context("cannot hold the links")?;
 
-    let secrets = Secrets {
-        digest: Box::new(maps.digest_key()?),
-        fingerprint: Fingerprinter::new(maps.daemon_state()?.fingerprint_key),
-    };
+    let fingerprint_key = maps.daemon_state()?.fingerprint_key;
+    state.keep_fingerprint_key(&fingerprint_key)?;
+    state.bring_together(&mut maps.live, policy, now.unix_secs)?;
+    let secrets =
+        Secrets { digest: Box::new(maps.digest_key()?), fingerprint: Fingerprinter::new(fingerprint_key) };
     let endpoints = Endpoints::of(policy, &numbers(&maps)?.next(policy)?);
     let mut engine = Engine::new(endpoints, config.generation, now.boot_ns, secrets);
     engine.replies().adopt((0..MAX_REPLIES).map_while(|id| maps.reply(id).ok()));

@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 
 use aya::programs::links::PinnedLink;
-use enforcer_common::abi::{Ends, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, Reply, Verdict};
+use enforcer_common::abi::{
+    Ends, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, REVOCATION_EPOCH, REVOCATION_GRANT_SLOTS, Reply,
+    Verdict,
+};
 use enforcer_common::flow::Ctl;
 use tracing::{error, warn};
 
 use crate::cli::format;
 use crate::core::{Datapath, HandBack};
 use crate::datapath::{Injectors, LiveError, Maps, SocketDestroyer};
+use crate::revocation::Revocations;
 
 /// Why the kernel did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +125,18 @@ impl Datapath for Kernel {
         if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, interface, ends) {
             warn!(cookie, %error, "an unguarded connection could not be destroyed; it gets no bytes");
         }
+    }
+
+    fn revocation_epoch(&mut self) -> Result<u64, KernelError> {
+        Ok(self.maps.live.revocation_word(REVOCATION_EPOCH)?)
+    }
+
+    fn revocations(&mut self) -> Result<Revocations, KernelError> {
+        Ok(self.maps.live.revocations()?)
+    }
+
+    fn set_grant_slots(&mut self, slots: u32) -> Result<(), KernelError> {
+        Ok(self.maps.live.set_revocation_word(REVOCATION_GRANT_SLOTS, u64::from(slots))?)
     }
 
     fn flows(&mut self, each: &mut dyn FnMut(u64, &Flow)) -> Result<(), KernelError> {

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod kernel;
+mod revocations;
 pub mod selftest;
 mod setup;
 
@@ -25,7 +26,9 @@ use crate::lifecycle::lock::DaemonLock;
 use crate::lifecycle::start::{self, Ours, Start};
 use crate::lifecycle::{UnloadOptions, paths, unload};
 use crate::policy;
+use crate::revocation::store::StateDir;
 use kernel::Kernel;
+use revocations::State;
 use setup::Up;
 
 /// How often the daemon shows the kernel that it lives.
@@ -50,6 +53,8 @@ pub struct RunOptions {
     pub bpffs: PathBuf,
     /// Name of the pin directory.
     pub pin_name: String,
+    /// Where revocations are recorded.
+    pub state: StateDir,
     /// SIGTERM leaves the enforcement in the kernel.
     pub keep: bool,
     /// The programs of an enforcement that is adopted are replaced even if they are the same.
@@ -118,21 +123,30 @@ struct Plan {
 }
 
 impl Plan {
-    fn bring_up(&self, policy: &policy::Policy) -> anyhow::Result<Up> {
+    fn bring_up(&self, policy: &policy::Policy, state: &StateDir) -> anyhow::Result<Up> {
+        // Locked until the maps are in their place: what is revoked meanwhile waits, and finds them there.
+        let state = State::open(state)?;
         match self.start {
             Start::Adopt { replace_programs } => {
                 info!(
                     replace_programs,
                     "adopting what an earlier daemon left; connections, grants and counters go on"
                 );
-                return adopt::adopt(policy, &self.pins, &self.ours, replace_programs, self.started_ns);
+                return adopt::adopt(
+                    policy,
+                    &self.pins,
+                    &self.ours,
+                    replace_programs,
+                    self.started_ns,
+                    &state,
+                );
             }
             Start::TakeOver { reason } => {
                 warn!(reason, "taking over from an earlier daemon; its connections are closed");
             }
             Start::Fresh => {}
         }
-        setup::load(policy, &self.pins, &self.cgroup, &self.ours, self.started_ns)
+        setup::load(policy, &self.pins, &self.cgroup, &self.ours, self.started_ns, &state)
     }
 }
 
@@ -141,7 +155,7 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
     let mut interrupt = signal(SignalKind::interrupt())?;
     let keys = KeyManager::start(Arc::clone(policy));
     // Guarded first, then keys: what comes meanwhile waits.
-    let Up { mut engine, mut kernel, ring, mut orphans } = plan.bring_up(policy)?;
+    let Up { mut engine, mut kernel, ring, mut orphans } = plan.bring_up(policy, &options.state)?;
     let since = Instant::now();
     wait_for_keys(&keys, &mut kernel).await?;
     // Bringing up may have taken longer than a heartbeat may be old.

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::kernel::Kernel;
+use super::revocations::State;
 use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
 use crate::datapath::{self, Injectors, Maps, PinDir};
 use crate::http::answer;
@@ -38,12 +39,14 @@ pub(super) fn load(
     cgroup: &Path,
     ours: &Ours,
     started_ns: u64,
+    state: &State<'_>,
 ) -> anyhow::Result<Up> {
     let (staging, retired) = (pins.staging(), pins.retired());
     let mut loaded = datapath::load(&staging)?;
     let mut maps = Maps::open(&staging)?;
     let ring = Maps::punts(&staging)?;
-    let (secrets, fingerprint_key) = secrets()?;
+    let fingerprint_key = state.fingerprint_key()?;
+    let secrets = secrets(fingerprint_key)?;
     maps.set_digest_key(&secrets.digest)?;
     maps.set_daemon_state(&DaemonState {
         fingerprint_key,
@@ -92,6 +95,7 @@ pub(super) fn load(
         daemon_pid: std::process::id(),
         draining: 0,
     })?;
+    state.bring_together(&mut kernel.maps().live, policy, super::now().unix_secs)?;
     loaded.attach(cgroup)?;
     // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed; a connection that
     // both would tag in between is cut off.
@@ -104,18 +108,13 @@ pub(super) fn load(
     Ok(Up { engine, kernel, ring, orphans: Vec::new() })
 }
 
-/// Fresh secrets, and the key that the fingerprints are made with.
-fn secrets() -> anyhow::Result<(Secrets, [u8; 32])> {
-    let random = SystemRandom::new();
-    let mut fingerprint = [0; 32];
+/// With a digest key that is drawn anew.
+fn secrets(fingerprint_key: [u8; 32]) -> anyhow::Result<Secrets> {
     let mut words = vec![0_u8; KEY_WORDS * 8];
-    random
-        .fill(&mut fingerprint)
-        .and_then(|()| random.fill(&mut words))
-        .map_err(|_| anyhow::anyhow!("the kernel gave no random bytes"))?;
+    SystemRandom::new().fill(&mut words).map_err(|_| anyhow::anyhow!("the kernel gave no random bytes"))?;
     let mut digest = Box::new(DigestKey { words: [0; KEY_WORDS] });
     for (word, bytes) in digest.words.iter_mut().zip(words.chunks_exact(8)) {
         *word = bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
     }
-    Ok((Secrets { digest, fingerprint: Fingerprinter::new(fingerprint) }, fingerprint))
+    Ok(Secrets { digest, fingerprint: Fingerprinter::new(fingerprint_key) })
 }

@@ -6,7 +6,7 @@ use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
     ABI_VERSION, Config, Counter, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest,
-    MAX_FLOWS, ReasonName, Reply, ServerLabel, Verdict, map, text,
+    MAX_FLOWS, ReasonName, Reply, Revocation, ServerLabel, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
 
@@ -63,6 +63,9 @@ pub struct Live {
     /// Endpoints.
     pub endpoints: HashMap<MapData, EndpointKey, Endpoint>,
     counters: PerCpuArray<MapData, u64>,
+    /// Revocations by number.
+    pub(super) revocations: HashMap<MapData, u64, Revocation>,
+    pub(super) revocation_state: Array<MapData, u64>,
     /// Refusal reasons that the daemon counted.
     pub reasons: HashMap<MapData, ReasonName, u64>,
 }
@@ -84,6 +87,8 @@ impl Live {
             grant_labels: open(pins, map::GRANT_LABELS, Map::Array)?,
             server_labels: open(pins, map::SERVER_LABELS, Map::Array)?,
             endpoints: open(pins, map::ENDPOINTS, Map::HashMap)?,
+            revocations: open(pins, map::REVOCATIONS, Map::HashMap)?,
+            revocation_state: open(pins, map::REVOCATION_STATE, Map::Array)?,
             counters: open(pins, map::COUNTERS, Map::PerCpuArray)?,
             reasons: open(pins, map::REASONS, Map::HashMap)?,
         };

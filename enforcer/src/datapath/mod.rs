@@ -8,6 +8,7 @@ mod maps;
 mod memory;
 mod netns;
 mod offsets;
+mod revocations;
 mod sys;
 
 pub use inject::{InjectError, Injectors};

@@ -53,9 +53,15 @@ pub struct Check {
 }
 
 /// The checks of [`verify`] one by one, going on after a failure where that is possible, and last the scopes that
-/// `server` requires of every request. The token would pass if no outcome is [`Outcome::Fail`].
+/// `server` requires of every request. The token would pass if no outcome is [`Outcome::Fail`]. With what the token says, if all
+/// checks but that of the scopes passed.
 #[must_use]
-pub fn explain(token: &str, server: &Server, keys: &KeySnapshot, now_unix_secs: u64) -> Vec<Check> {
+pub fn explain(
+    token: &str,
+    server: &Server,
+    keys: &KeySnapshot,
+    now_unix_secs: u64,
+) -> (Vec<Check>, Option<VerifiedToken>) {
     let mut all = AllChecks { checks: Vec::new() };
     let verified = run(token, server, keys, now_unix_secs, &mut all);
     let required = if server.scopes.is_empty() { "none".to_owned() } else { server.scopes.join(" ") };
@@ -71,7 +77,7 @@ pub fn explain(token: &str, server: &Server, keys: &KeySnapshot, now_unix_secs: 
         }
     };
     all.checks.push(Check { name: "required-scopes", outcome, detail });
-    all.checks
+    (all.checks, verified)
 }
 
 /// What becomes of a check's result. `needs` is the result of the checks that this one builds on.

@@ -3,6 +3,7 @@
 mod counters;
 mod flows;
 mod grants;
+pub(super) mod revocations;
 mod servers;
 mod status;
 #[cfg(test)]
@@ -10,6 +11,7 @@ mod testing;
 mod verdicts;
 
 use super::exit::{NOT_LOADED, OK};
+use super::format::unix_secs;
 use super::output::print;
 use super::{Global, live};
 use crate::datapath::{LiveError, map_memory};
@@ -36,6 +38,7 @@ pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
         flows: live::flows(&live)?.len(),
         verdicts: live::verdicts(&live)?.len(),
         grants: live::grants(&live)?.len(),
+        revocations: live.revocations()?.len(),
         memory: map_memory(&pins)?,
         process: lock
             .as_ref()
@@ -83,6 +86,19 @@ pub(super) fn grants(global: &Global) -> anyhow::Result<u8> {
     let labels = live::grant_labels(&live, &grants)?;
     let (config, servers) = (live.configuration()?, live::servers(&live)?);
     print(global.output, &grants::Grants::of(&grants, &labels, &servers, &config, live::now_ns()))?;
+    Ok(OK)
+}
+
+pub(super) fn revocations(global: &Global) -> anyhow::Result<u8> {
+    let all = match live::open(global) {
+        Ok(live) => live.revocations()?,
+        // What the next start will read.
+        Err(error) if matches!(error.downcast_ref(), Some(LiveError::NotLoaded(_))) => {
+            global.state().read()?.ok_or(error)?.revocations
+        }
+        Err(error) => return Err(error),
+    };
+    print(global.output, &revocations::Revocations::of(&all, unix_secs()))?;
     Ok(OK)
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use enforcer_common::abi::{
-    ABI_VERSION, Config, MAX_FLOWS, MAX_GRANTS, MAX_VERDICTS, MODE_ENFORCE, MODE_OBSERVE,
+    ABI_VERSION, Config, MAX_FLOWS, MAX_GRANTS, MAX_REVOCATIONS, MAX_VERDICTS, MODE_ENFORCE, MODE_OBSERVE,
 };
 use serde::Serialize;
 
@@ -27,6 +27,7 @@ pub(super) struct Used {
     pub(super) flows: usize,
     pub(super) verdicts: usize,
     pub(super) grants: usize,
+    pub(super) revocations: usize,
     /// Kernel memory of the maps, the largest first.
     pub(super) memory: Vec<MapMemory>,
     /// What the daemon's process holds, if it lives and may be looked at.
@@ -72,6 +73,7 @@ struct Loaded {
     flows: Table,
     verdicts: Table,
     grants: Table,
+    revocations: Table,
     maps_bytes: u64,
     maps: BTreeMap<&'static str, u64>,
 }
@@ -144,6 +146,7 @@ impl Status {
                 flows: Table { used: used.flows, capacity: MAX_FLOWS },
                 verdicts: Table { used: used.verdicts, capacity: MAX_VERDICTS },
                 grants: Table { used: used.grants, capacity: MAX_GRANTS },
+                revocations: Table { used: used.revocations, capacity: MAX_REVOCATIONS },
                 maps_bytes: used.memory.iter().map(|map| map.bytes).sum(),
                 maps: used.memory.into_iter().map(|map| (map.name, map.bytes)).collect(),
             }),
@@ -205,6 +208,7 @@ impl Render for Status {
                 ("flows", loaded.flows.text()),
                 ("verdicts", loaded.verdicts.text()),
                 ("grants", loaded.grants.text()),
+                ("revocations", loaded.revocations.text()),
                 ("maps", format!("{} of kernel memory", mebibytes(loaded.maps_bytes))),
             ]);
         }
@@ -252,7 +256,7 @@ mod tests {
             descriptors: 40,
             descriptors_max: 1024,
         };
-        Used { flows: 3, verdicts: 2, grants: 1, memory, process: Some(process) }
+        Used { flows: 3, verdicts: 2, grants: 1, revocations: 4, memory, process: Some(process) }
     }
 
     fn place(link_pinned: bool) -> Place {
@@ -280,6 +284,7 @@ mod tests {
              flows        3 of 65536\n\
              verdicts     2 of 65536\n\
              grants       1 of 65536\n\
+             revocations  4 of 16384\n\
              maps         24.0 MiB of kernel memory\n\
              pins         /sys/fs/bpf/enforcer (attached)\n"
         );

@@ -42,7 +42,7 @@ fn messages_are_bounded_and_escaped() {
 #[test]
 fn explain_shows_every_check_and_agrees_with_verify() {
     let mut world = World::new();
-    let explained = |world: &World| explain(&world.token(), &world.server(), &world.keys(), NOW);
+    let explained = |world: &World| explain(&world.token(), &world.server(), &world.keys(), NOW).0;
     let outcome =
         |checks: &[Check], name: &str| checks.iter().find(|check| check.name == name).unwrap().outcome;
     let good = explained(&world);
@@ -72,7 +72,7 @@ fn explain_shows_every_check_and_agrees_with_verify() {
     let text = format!("{narrow:?}");
     let token = world.token();
     assert!(token.split('.').all(|segment| !text.contains(segment)), "no token material");
-    let garbage = explain("garbage", &world.server(), &world.keys(), NOW);
+    let garbage = explain("garbage", &world.server(), &world.keys(), NOW).0;
     assert_eq!(outcome(&garbage, "format"), Outcome::Fail);
     assert!(garbage[1..].iter().all(|check| check.outcome == Outcome::Skipped));
 }
