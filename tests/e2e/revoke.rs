@@ -215,6 +215,37 @@ fn a_stream_of_a_revoked_token_ends_in_another_namespace_and_others_go_on() -> R
 }
 
 #[test]
+fn an_earlier_token_of_a_connection_counts_too() -> Result<()> {
+    let _deadline = Deadline::new("several tokens", LIMIT);
+    let guarded = Guarded::start("several")?;
+    let request = |subject: &str| -> Result<Vec<u8>> {
+        Ok(guarded.call(Some(&guarded.mint().subject(subject).sign()?)).build())
+    };
+    // More tokens than a connection remembers one by one, on the fast path and the slow one.
+    let subjects = ["alice", "bob", "carol", "dave", "erin", "frank"];
+    let requests: Vec<_> = subjects.iter().map(|subject| request(subject)).collect::<Result<_>>()?;
+    let (first, last) = (requests.first().context("none")?, requests.last().context("none")?);
+    guarded.recorder.set_config(&endless())?;
+    let mut bystander = open_stream(guarded.connect()?, last)?;
+    for revoked in ["alice", "erin"] {
+        // The answer to alice's request could go on behind those that followed it: nobody can tell from outside.
+        guarded.recorder.set_config(&Config::default())?;
+        let mut connection = guarded.connect()?;
+        for request in if revoked == "alice" { &requests } else { requests.get(1..).unwrap_or_default() } {
+            assert_eq!(connection.roundtrip(request)?.status, 200);
+        }
+        guarded.recorder.set_config(&endless())?;
+        let mut stream = open_stream(connection, last)?;
+        let done = revoke(&guarded, &["--subject", revoked])?;
+        assert_eq!(number(&done, "connections_closed"), 1, "{done}");
+        wait_for_end(&mut stream, SOON)?;
+        flows_on(&mut bystander)?;
+    }
+    assert_revoked(&guarded.connect()?.roundtrip(first)?);
+    Ok(())
+}
+
+#[test]
 fn without_a_daemon_heads_are_refused_and_streams_end() -> Result<()> {
     let _deadline = Deadline::new("revoked without a daemon", LIMIT);
     let mut guarded = Guarded::start("revdead")?;

@@ -24,7 +24,7 @@ impl Revoked {
         match read {
             Ok((epoch, all)) => {
                 if self.epoch.is_some() || !all.is_empty() {
-                    info!(revocations = all.len(), "the revocations are");
+                    info!(revocations = all.len(), "the revocations have changed");
                 }
                 self.list = RevocationList::new(&all);
                 self.epoch = Some(epoch);
