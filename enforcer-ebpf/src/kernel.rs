@@ -147,16 +147,39 @@ pub(crate) struct Skb<'a> {
 
 /// The kernel's record of an skb's TCP socket.
 #[inline(always)]
-fn tcp_sock(skb: *mut __sk_buff) -> Option<*const u8> {
+pub(crate) fn tcp_sock(skb: *mut __sk_buff) -> Option<*const u8> {
     // SAFETY: the verifier checks the context access, and that the pointers are compared with null.
     unsafe {
         let sk = (*skb).__bindgen_anon_2.sk;
         if sk.is_null() {
             return None;
         }
-        let tcp = bpf_skc_to_tcp_sock(sk.cast()).cast::<u8>();
-        if tcp.is_null() { None } else { Some(tcp) }
+        tcp_of(sk.cast())
     }
+}
+
+/// The kernel's record of a socket, if it is one of TCP.
+#[inline(always)]
+pub(crate) fn tcp_of(sk: *mut c_void) -> Option<*const u8> {
+    // SAFETY: the verifier checks that the pointer is a socket, and that the result is compared with null.
+    let tcp = unsafe { bpf_skc_to_tcp_sock(sk).cast::<u8>() };
+    if tcp.is_null() { None } else { Some(tcp) }
+}
+
+/// Sequence number of the next byte that the server reads.
+#[inline(always)]
+pub(crate) fn copied_seq(tcp: *const u8) -> u32 {
+    // SAFETY: as in `Skb::sequences`.
+    unsafe {
+        tcp.add((&raw const TCP_COPIED_SEQ_OFFSET).read_volatile() as usize).cast::<u32>().read_volatile()
+    }
+}
+
+/// Whether the server has accepted the connection.
+#[inline(always)]
+pub(crate) fn is_accepted(tcp: *const u8) -> bool {
+    // SAFETY: as in `Skb::sequences`.
+    unsafe { !field(tcp, &raw const SK_SOCKET_OFFSET).is_null() }
 }
 
 /// Bytes that the server has not read yet, and the most that may wait. TCP alone keeps them below its receive buffer; bytes that

@@ -111,6 +111,15 @@ counters! {
     GateRing = 40, "gate-ring";
     /// The gate dropped a packet because the server leaves too many bytes unread; its sender will repeat it.
     GateUnread = 41, "gate-unread";
+    /// The gate dropped a SYN that asked a protected endpoint for MPTCP; its sender will ask for TCP.
+    GateMptcp = 42, "gate-mptcp";
+    /// The gate dropped a datagram for a protected endpoint.
+    GateDatagram = 43, "gate-datagram";
+    /// The gate dropped a packet for a connection that is not accepted yet, because its server was seen to read what was not
+    /// judged; its sender will repeat it.
+    GateHeld = 44, "gate-held";
+    /// The server read bytes that were not judged (`splice`, zero-copy receive): the flow is dead.
+    DeadUnjudged = 45, "dead-unjudged";
 }
 
 /// Size of `COUNTERS`.

@@ -67,6 +67,10 @@ pub mod map {
     /// Words that belong to them; no program reads it.
     pub const REVOCATION_STATE: &str = "REVOCATION_STATE";
 
+    /// Ports whose servers read past the judge: keys are wildcard [`super::EndpointKey`]s, values the time on the boot clock, in
+    /// nanoseconds, at which it was seen. Writers: gate and tag_flow. Reader: gate. Nobody deletes.
+    pub const HOLD: &str = "HOLD";
+
     /// All of them: what is pinned.
     pub const ALL: &[&str] = &[
         CONFIG,
@@ -88,6 +92,7 @@ pub mod map {
         SERVER_LABELS,
         REVOCATIONS,
         REVOCATION_STATE,
+        HOLD,
     ];
 }
 

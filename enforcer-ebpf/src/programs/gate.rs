@@ -2,29 +2,38 @@
 //! is repeated by its sender, or never accepted.
 //!
 //! - Bytes for a protected endpoint reach only sockets that are guarded. One that is not, because it was accepted before the
-//!   programs were attached or could not be put into the socket map, gets none, and the daemon destroys it. Bytes in a SYN, or
-//!   in the packet that ends the handshake, wait for the next packet.
+//!   programs were attached or could not be put into the socket map, gets none, and the daemon destroys it at its first packet,
+//!   with bytes or without. Bytes in a SYN, or in the packet that ends the handshake, wait for the next packet.
+//! - A SYN that asks for MPTCP is dropped where the server would agree: MPTCP connections can't be guarded, and the client tries
+//!   again without.
+//! - Datagrams for a protected endpoint are dropped: HTTP/3 would lead around the judge.
+//! - A server that was seen to read past the judge gets no bytes before it accepts: see `hold.rs`.
 //! - The sender of a flow that the daemon owns is held back while the ring buffer fills, because dropped skbs leave its window open.
 //! - A server that does not read can't make the kernel queue without bound.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{__sk_buff, BPF_RB_AVAIL_DATA, bpf_sock};
-use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ringbuf_query, bpf_sk_fullsock, bpf_skb_load_bytes};
+use aya_ebpf::helpers::{
+    bpf_get_socket_cookie, bpf_ringbuf_query, bpf_sk_fullsock, bpf_skb_load_bytes, bpf_skc_to_mptcp_sock,
+};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
+use core::ffi::c_void;
 use enforcer_common::abi::{
     Counter, EndpointKey, Ends, FLOW_OBSERVE, Flow, MODE_OBSERVE, PUNT_STRAY, PUNTS_BRAKE_BYTES,
 };
 use enforcer_common::flow::{Ctl, State};
 
+use super::hold;
 use super::punt::{self, Event};
 use super::sock_ops::{endpoint, v4, v6};
-use crate::kernel::{config, count, netns_cookie, unread_bytes};
+use crate::kernel::{config, count, is_accepted, netns_cookie, tcp_sock, unread_bytes};
 use crate::maps::{FLOWS, PUNTS};
 
 const PASS: i32 = 1;
 const DROP: i32 = 0;
 const IPPROTO_TCP: u32 = 6;
+const IPPROTO_UDP: u32 = 17;
 const TCP_LISTEN: u32 = 10;
 const TCP_NEW_SYN_RECV: u32 = 12;
 
@@ -32,26 +41,31 @@ const TCP_NEW_SYN_RECV: u32 = 12;
 fn gate(ctx: SkBuffContext) -> i32 {
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: the entry is read while the map holds it.
-    let stop = match unsafe { FLOWS.get(cookie) } {
-        Some(flow) => guarded(&ctx, flow),
+    let stop = match FLOWS.get_ptr_mut(cookie) {
+        // SAFETY: a valid map value, while the program runs.
+        Some(flow) => guarded(&ctx, cookie, unsafe { &mut *flow }),
         None => unguarded(&ctx),
     };
-    match stop {
-        Some(counter) if has_payload(&ctx) => {
-            count(counter);
-            if matches!(counter, Counter::GateStray) {
-                report(&ctx, cookie);
-            }
-            DROP
-        }
-        _ => PASS,
+    let Some(counter) = stop else { return PASS };
+    if matches!(counter, Counter::GateDatagram | Counter::GateMptcp) {
+        count(counter);
+        return DROP;
+    }
+    if matches!(counter, Counter::GateStray) {
+        report(&ctx, cookie);
+    }
+    if has_payload(&ctx) {
+        count(counter);
+        DROP
+    } else {
+        PASS
     }
 }
 
 /// Why a guarded flow's bytes must wait, if they must.
 #[inline(always)]
-fn guarded(ctx: &SkBuffContext, flow: &Flow) -> Option<Counter> {
+fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter> {
+    const HEAD: u64 = State::Head as u64;
     const DEAD: u64 = State::Dead as u64;
     const PUNTED: u64 = State::Punted as u64;
     const BODY: u64 = State::Body as u64;
@@ -62,6 +76,9 @@ fn guarded(ctx: &SkBuffContext, flow: &Flow) -> Option<Counter> {
     let state = Ctl(flow.ctl).state();
     if state == DEAD {
         return Some(Counter::GateDead);
+    }
+    if state == HEAD && flow.requests == 0 && flow.punts == 0 {
+        return first_bytes(ctx, cookie, flow);
     }
     if state == PUNTED {
         // SAFETY: the map is a ring buffer.
@@ -80,18 +97,48 @@ fn guarded(ctx: &SkBuffContext, flow: &Flow) -> Option<Counter> {
     None
 }
 
-/// Whether a socket without a flow record should have one.
+/// Why the first bytes of a guarded flow must wait, or be the last ones.
 #[inline(always)]
-fn unguarded(ctx: &SkBuffContext) -> Option<Counter> {
-    let (local, _, _) = ends(ctx)?;
-    endpoint(local)?;
-    let config = config()?;
-    if config.draining != 0 || config.mode == MODE_OBSERVE { None } else { Some(Counter::GateStray) }
+fn first_bytes(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter> {
+    let tcp = tcp_sock(ctx.as_ptr().cast())?;
+    if hold::reads_past(tcp, flow) {
+        hold::found_out(cookie, flow);
+        return Some(Counter::GateDead);
+    }
+    if !is_accepted(tcp) && hold::is_held(flow) { Some(Counter::GateHeld) } else { None }
 }
 
-/// Local end, remote end and state of the packet's TCP socket.
+/// Why a packet for a socket without a flow record must not arrive, if it is for a protected endpoint.
 #[inline(always)]
-fn ends(ctx: &SkBuffContext) -> Option<(EndpointKey, EndpointKey, u32)> {
+fn unguarded(ctx: &SkBuffContext) -> Option<Counter> {
+    let target = target(ctx)?;
+    endpoint(target.local)?;
+    let config = config()?;
+    if config.draining != 0 || config.mode == MODE_OBSERVE {
+        None
+    } else if target.protocol == IPPROTO_UDP {
+        // One that is connected has chosen its peer itself: the resolver of a process whose port happens to be the same, say. A
+        // server hears of a new peer on one that is not.
+        if target.peer.port == 0 { Some(Counter::GateDatagram) } else { None }
+    } else if target.is_mptcp_listener && asks_for_mptcp(ctx) {
+        Some(Counter::GateMptcp)
+    } else {
+        Some(Counter::GateStray)
+    }
+}
+
+/// The socket that a packet is for.
+struct Target {
+    local: EndpointKey,
+    /// Its port is 0 for a socket that is not connected.
+    peer: EndpointKey,
+    protocol: u32,
+    state: u32,
+    is_mptcp_listener: bool,
+}
+
+#[inline(always)]
+fn target(ctx: &SkBuffContext) -> Option<Target> {
     let skb: *mut __sk_buff = ctx.as_ptr().cast();
     // SAFETY: the verifier checks the accesses, and that the pointers are compared with null.
     unsafe {
@@ -100,47 +147,97 @@ fn ends(ctx: &SkBuffContext) -> Option<(EndpointKey, EndpointKey, u32)> {
             return None;
         }
         let sk = bpf_sk_fullsock(sk);
-        if sk.is_null() || (*sk).protocol != IPPROTO_TCP {
+        if sk.is_null() {
+            return None;
+        }
+        let protocol = (*sk).protocol;
+        if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
             return None;
         }
         let local_port = (*sk).src_port as u16;
         let state = (*sk).state;
         let peer_port = u16::from_be((*sk).dst_port);
+        let is_mptcp_listener = protocol == IPPROTO_TCP
+            && state == TCP_LISTEN
+            && !bpf_skc_to_mptcp_sock(sk.cast::<c_void>()).is_null();
         // The packet's own addresses, at the IP header's start: a listener on a wildcard address has none of its own.
         let first: u8 = ctx.load(0).ok()?;
-        match first >> 4 {
-            4 => Some((v4(ctx.load(16).ok()?, local_port), v4(ctx.load(12).ok()?, peer_port), state)),
-            6 => Some((v6(ctx.load(24).ok()?, local_port), v6(ctx.load(8).ok()?, peer_port), state)),
+        let (local, peer) = match first >> 4 {
+            4 => (v4(ctx.load(16).ok()?, local_port), v4(ctx.load(12).ok()?, peer_port)),
+            6 => (v6(ctx.load(24).ok()?, local_port), v6(ctx.load(8).ok()?, peer_port)),
+            _ => return None,
+        };
+        Some(Target { local, peer, protocol, state, is_mptcp_listener })
+    }
+}
+
+/// Offset of the TCP header in a packet that starts with its IP header; nothing where that can't be told.
+#[inline(always)]
+fn tcp_offset(ctx: &SkBuffContext) -> Option<u32> {
+    let first: u8 = ctx.load(0).ok()?;
+    match first >> 4 {
+        4 => Some(u32::from(first & 0xf) * 4),
+        6 => match ctx.load::<u8>(6) {
+            Ok(next) if u32::from(next) == IPPROTO_TCP => Some(40),
             _ => None,
+        },
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn byte(ctx: &SkBuffContext, offset: u32) -> Option<u8> {
+    let mut byte = 0_u8;
+    // SAFETY: one byte into one byte.
+    let result = unsafe { bpf_skb_load_bytes(ctx.as_ptr().cast(), offset, (&raw mut byte).cast(), 1) };
+    if result == 0 { Some(byte) } else { None }
+}
+
+/// Whether a TCP packet has an option of MPTCP. One whose options can't be read passes: without bytes it harms nobody, and a
+/// connection that becomes MPTCP all the same is fenced.
+#[inline(always)]
+fn asks_for_mptcp(ctx: &SkBuffContext) -> bool {
+    const END: u8 = 0;
+    const NO_OPERATION: u8 = 1;
+    const MPTCP: u8 = 30;
+    let Some(tcp) = tcp_offset(ctx) else { return false };
+    let Some(length) = byte(ctx, tcp + 12) else { return false };
+    let end = tcp + u32::from(length >> 4) * 4;
+    let mut at = tcp + 20;
+    let mut step = 0;
+    // There are at most 40 bytes of options.
+    while step < 40 {
+        step += 1;
+        if at >= end {
+            return false;
+        }
+        match byte(ctx, at) {
+            Some(NO_OPERATION) => at += 1,
+            Some(MPTCP) => return true,
+            None | Some(END) => return false,
+            Some(_) => match byte(ctx, at + 1) {
+                Some(length) if length >= 2 => at += u32::from(length),
+                _ => return false,
+            },
         }
     }
+    false
 }
 
 /// Whether a TCP packet carries bytes; also where that can't be told. The context starts at the IP header.
 #[inline(always)]
 fn has_payload(ctx: &SkBuffContext) -> bool {
-    let Ok(first) = ctx.load::<u8>(0) else { return true };
-    let ip = match first >> 4 {
-        4 => u32::from(first & 0xf) * 4,
-        6 => match ctx.load::<u8>(6) {
-            Ok(next) if u32::from(next) == IPPROTO_TCP => 40,
-            _ => return true,
-        },
-        _ => return true,
-    };
-    let mut offset = 0_u8;
-    // SAFETY: one byte into one byte.
-    let result = unsafe { bpf_skb_load_bytes(ctx.as_ptr().cast(), ip + 12, (&raw mut offset).cast(), 1) };
-    if result != 0 {
-        return true;
+    let Some(tcp) = tcp_offset(ctx) else { return true };
+    match byte(ctx, tcp + 12) {
+        Some(offset) => ctx.len() > tcp + u32::from(offset >> 4) * 4,
+        None => true,
     }
-    ctx.len() > ip + u32::from(offset >> 4) * 4
 }
 
 /// Asks the daemon to destroy a connection that should be guarded and is not. A listener is no connection.
 #[inline(always)]
 fn report(ctx: &SkBuffContext, cookie: u64) {
-    let Some((local, peer, state)) = ends(ctx) else { return };
+    let Some(Target { local, peer, state, .. }) = target(ctx) else { return };
     if state == TCP_LISTEN || state == TCP_NEW_SYN_RECV {
         return;
     }

@@ -1,6 +1,7 @@
 //! One file per hook.
 
 pub(crate) mod gate;
+pub(crate) mod hold;
 pub(crate) mod inject;
 pub(crate) mod judge;
 pub(crate) mod punt;

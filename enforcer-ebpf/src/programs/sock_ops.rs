@@ -2,8 +2,8 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-    BPF_TCP_CLOSE, bpf_sock_ops,
+    BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG,
+    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
@@ -17,8 +17,9 @@ use enforcer_common::abi::{
 use enforcer_common::flow::{Ctl, State};
 use enforcer_common::head::Layout;
 
+use super::hold;
 use super::punt::{self, Event};
-use crate::kernel::{CtlCell, config, count, now_ns};
+use crate::kernel::{CtlCell, config, count, now_ns, tcp_of};
 use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
 
 const AF_INET: u32 = 2;
@@ -46,7 +47,7 @@ static BLANK: Flow = Flow {
     write_seq_mark: 0,
     grants: [0; FLOW_GRANTS],
     evicted_grants: 0,
-    zero: 0,
+    first_byte_seq: 0,
     caller_uid: u32::MAX,
     interface: 0,
     swallowed_bytes: 0,
@@ -60,6 +61,8 @@ fn tag_flow(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(&ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => closed(&ctx),
+        // A client that gets an answer and acknowledges nothing.
+        BPF_SOCK_OPS_RTO_CB => find_out(&ctx),
         _ => {}
     }
     1
@@ -93,6 +96,7 @@ fn established(ctx: &SockOpsContext) {
             (*flow).unavailable_reply_id = endpoint.unavailable_reply_id;
             (*flow).flags = if config.mode == MODE_OBSERVE { FLOW_OBSERVE } else { 0 };
             (*flow).interface = interface;
+            (*flow).first_byte_seq = (*ctx.as_ptr().cast::<bpf_sock_ops>()).rcv_nxt;
             CtlCell::new(&raw mut (*flow).ctl).store(Ctl::new(State::Head, 0, 0));
         }
     }
@@ -127,7 +131,8 @@ fn established(ctx: &SockOpsContext) {
     // SAFETY: the context is valid.
     unsafe {
         let flags = (*ctx.as_ptr().cast::<bpf_sock_ops>()).bpf_sock_ops_cb_flags;
-        bpf_sock_ops_cb_flags_set(ctx.as_ptr().cast(), (flags | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+        let wanted = BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
+        bpf_sock_ops_cb_flags_set(ctx.as_ptr().cast(), (flags | wanted) as i32);
     }
     count(Counter::FlowTagged);
 }
@@ -142,7 +147,26 @@ fn interface(ctx: &SockOpsContext) -> u32 {
     }
 }
 
+/// Looks whether the server has read what was not judged.
+fn find_out(ctx: &SockOpsContext) {
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let Some(flow) = FLOWS.get_ptr_mut(cookie) else { return };
+    // SAFETY: the verifier checks the context access, and that the pointer is compared with null.
+    let sk = unsafe { (*ctx.as_ptr().cast::<bpf_sock_ops>()).__bindgen_anon_2.sk };
+    if sk.is_null() {
+        return;
+    }
+    let Some(tcp) = tcp_of(sk.cast()) else { return };
+    // SAFETY: a valid map value, which only this program removes.
+    let flow = unsafe { &mut *flow };
+    if hold::reads_past(tcp, flow) {
+        hold::found_out(cookie, flow);
+    }
+}
+
 fn closed(ctx: &SockOpsContext) {
+    find_out(ctx);
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     // SAFETY: the entry is read while the map holds it; only this callback removes it.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use enforcer_common::abi::{
-    Ends, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED,
+    Counter, Ends, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED,
     PUNT_OBSERVED, PUNT_STRAY, PUNT_UNANSWERED, PuntHeader, VERDICT_ALLOW, VERDICT_DENY, VERDICT_PUBLIC,
     Verdict,
 };
@@ -333,6 +333,13 @@ impl Engine {
             }
             PUNT_CLOSED => self.forget(header.cookie),
             PUNT_DEAD => {
+                if header.reason == Counter::DeadUnjudged as u32 {
+                    warn!(
+                        cookie = header.cookie,
+                        endpoint = header.endpoint_id,
+                        "a server read bytes that were not judged (splice, zero-copy receive); from now on its connections get none before they are accepted"
+                    );
+                }
                 self.forget(header.cookie);
                 datapath.destroy(header.cookie, header.netns_cookie, 0);
             }
@@ -341,7 +348,7 @@ impl Engine {
                 datapath.count("unguarded-connection");
                 info!(
                     cookie = header.cookie,
-                    "a connection from before the enforcement got bytes; it is destroyed"
+                    "a connection from before the enforcement is still there; it is destroyed"
                 );
                 datapath.destroy_stray(header.cookie, header.netns_cookie, header.interface, ends);
             }
