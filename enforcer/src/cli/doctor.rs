@@ -9,8 +9,10 @@ use super::Global;
 use super::exit::{OK, REJECTED};
 use super::format::NONE;
 use super::output::{Render, print, table};
+use crate::core::endpoint_keys;
 use crate::daemon::selftest;
 use crate::lifecycle::doctor::{Check, Options, examine, is_fit};
+use crate::policy;
 
 /// Check whether this machine can enforce
 ///
@@ -21,6 +23,7 @@ use crate::lifecycle::doctor::{Check, Options, examine, is_fit};
 #[command(after_long_help = "\
 Examples:
   enforcer doctor
+  enforcer doctor --policy policy.yaml
   enforcer doctor --output json | jq '.checks[] | select(.grade != \"pass\")'
 
 Exit code 4 when a check failed; warnings alone are 0.")]
@@ -28,6 +31,9 @@ pub(super) struct Command {
     /// The cgroup that is to be guarded [default: the root of the cgroup2 hierarchy]
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
+    /// Also look whether the servers of this policy will be guarded as they run now
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
 }
 
 #[derive(Debug, Serialize)]
@@ -48,14 +54,21 @@ impl Render for Diagnosis {
 }
 
 pub(super) fn run(command: Command, global: &Global) -> anyhow::Result<u8> {
+    let endpoints =
+        command.policy.as_deref().map(policy::load).transpose()?.map(|(policy, _)| endpoint_keys(&policy));
     let bpffs = global.bpffs.clone();
     // No check before this one leaves a thread behind, so the self-test may fork.
     let behaviour = move || match selftest::run(&bpffs) {
         Ok(report) => Ok(report.to_string()),
         Err(error) => Err(error.to_string()),
     };
-    let options =
-        Options { bpffs: global.bpffs.clone(), cgroup: command.cgroup, behaviour: Some(Box::new(behaviour)) };
+    let options = Options {
+        bpffs: global.bpffs.clone(),
+        cgroup: command.cgroup,
+        endpoints,
+        pins: global.pins(),
+        behaviour: Some(Box::new(behaviour)),
+    };
     let checks = examine(options);
     let diagnosis = Diagnosis { fit: is_fit(&checks), checks };
     print(global.output, &diagnosis)?;

@@ -47,7 +47,7 @@ impl From<LogLevel> for tracing::Level {
 /// Guard the policy's servers
 ///
 /// Loads the kernel programs, attaches them to a cgroup and stays in the foreground, to judge requests that the kernel does
-/// not know yet. Connections that were open before are not guarded: start the enforcer first, or restart the servers.
+/// not know yet. Connections that were open before are closed, in every network namespace; in observe mode they are listed and left.
 /// SIGTERM or SIGINT ends it: new connections are no longer guarded, open ones get time to end, then everything is removed.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\

@@ -1,6 +1,6 @@
 //! From the listeners of a policy to the endpoints that the kernel knows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -36,6 +36,12 @@ pub(super) fn keys(listen: Listen) -> Vec<EndpointKey> {
         IpAddr::V6(addr) if addr.is_unspecified() => vec![v6(addr), v4(Ipv4Addr::UNSPECIFIED)],
         IpAddr::V6(addr) => vec![v6(addr)],
     }
+}
+
+/// Keys of all listeners of a policy.
+#[must_use]
+pub fn endpoint_keys(policy: &Policy) -> BTreeSet<EndpointKey> {
+    policy.servers.iter().flat_map(|server| &server.listen).flat_map(|listen| keys(*listen)).collect()
 }
 
 impl Endpoints {

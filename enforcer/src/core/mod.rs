@@ -14,7 +14,7 @@ mod tests;
 mod verifier;
 
 pub use bounds::MEMORY_MAX_BYTES;
-pub use endpoints::{EndpointPolicy, Endpoints};
+pub use endpoints::{EndpointPolicy, Endpoints, endpoint_keys};
 pub use engine::{Engine, EngineError, KeyRequest, Orphan, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};
 pub use numbers::{Numbers, NumbersError};

@@ -616,3 +616,25 @@ fn no_grant_slips_through_between_daemon_and_operator() {
         }
     }
 }
+
+#[test]
+fn a_wall_clock_that_is_set_moves_no_deadline() {
+    let mut bench = Bench::new();
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    let first = bench.fake.grants[&0];
+    assert!(first.deadline_ns <= bench.now.boot_ns + GRANT_MAX_NS);
+    let set_right = bench.now.unix_secs;
+    for unix_secs in [0, set_right - 86_400, set_right + 86_400, set_right + 1_000_000_000] {
+        bench.now.unix_secs = unix_secs;
+        bench.engine.tick(bench.now, &mut bench.fake);
+        assert_eq!(bench.fake.grants[&0], first, "{unix_secs}");
+        // Issued in the future, or expired: what is judged meanwhile is refused.
+        let read = bench.fake.server.len();
+        bench.punt(request.as_bytes(), 0, 0);
+        assert_eq!(bench.fake.server.len(), read, "{unix_secs}");
+    }
+    bench.now = Now { boot_ns: first.deadline_ns + QUARANTINE_NS, unix_secs: set_right - 86_400 };
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert_eq!(bench.fake.grants[&0].serial, 0);
+}

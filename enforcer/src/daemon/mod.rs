@@ -2,6 +2,7 @@
 
 mod adopt;
 mod kernel;
+mod lookout;
 mod revocations;
 pub mod selftest;
 mod setup;
@@ -19,15 +20,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use crate::core::{Engine, KeyRequest, MEMORY_MAX_BYTES, Now};
+use crate::core::{Datapath, Engine, KeyRequest, MEMORY_MAX_BYTES, Now};
 use crate::datapath::{self, Living, PinDir, map_memory};
 use crate::keys::{BootInstant, KeyManager, KeyManagerHandle};
 use crate::lifecycle::lock::DaemonLock;
 use crate::lifecycle::start::{self, Ours, Start};
-use crate::lifecycle::{UnloadOptions, paths, unload};
+use crate::lifecycle::{UnloadOptions, clock, paths, unload};
 use crate::policy;
 use crate::revocation::store::StateDir;
 use kernel::Kernel;
+use lookout::{Lookout, Seen};
 use revocations::State;
 use setup::Up;
 
@@ -79,6 +81,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     for warning in &warnings {
         warn!("{warning}");
     }
+    clock::check()?;
     let mut lock = DaemonLock::acquire(&options.pin_name)?;
     lock.record_policy(&std::path::absolute(&options.policy)?)?;
     if paths::ensure_bpffs(&options.bpffs)? == paths::Bpffs::Mounted {
@@ -156,6 +159,10 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
     let keys = KeyManager::start(Arc::clone(policy));
     // Guarded first, then keys: what comes meanwhile waits.
     let Up { mut engine, mut kernel, ring, mut orphans } = plan.bring_up(policy, &options.state)?;
+    // Before anybody is told that the servers are guarded, and before keys come.
+    let (seen, mut seen_later) = mpsc::unbounded_channel();
+    let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;
+    count_closed(&mut kernel, closed);
     let since = Instant::now();
     wait_for_keys(&keys, &mut kernel).await?;
     // Bringing up may have taken longer than a heartbeat may be old.
@@ -204,6 +211,14 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
             Some(KeyRequest { cookie, epoch, .. }) = refreshed.recv() => {
                 engine.keys_refreshed(cookie, epoch, now(), &keys.snapshot(), &mut kernel);
             }
+            Some(seen) = seen_later.recv() => match seen {
+                Seen::Closed(count) => count_closed(&mut kernel, count),
+                Seen::Detached if unloading.is_none() => anyhow::bail!(
+                    "the guarded cgroup {} was removed, so NOTHING IS GUARDED any more; start again when it exists, or guard a cgroup that stays",
+                    plan.cgroup.display()
+                ),
+                Seen::Detached => {}
+            },
             _ = heartbeat.tick() => {
                 if let Err(error) = kernel.heartbeat(now().boot_ns) {
                     error!(%error, "cannot write the heartbeat; the kernel will refuse unknown requests");
@@ -237,6 +252,13 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
                 ask_for_keys(&mut engine, &keys, &answers);
             }
         }
+    }
+}
+
+/// Counts connections that were closed because they were not guarded.
+fn count_closed(kernel: &mut Kernel, count: usize) {
+    for _ in 0..count {
+        kernel.count("unguarded-connection");
     }
 }
 

@@ -53,12 +53,18 @@ fn first_word(pin: &Path) -> Option<u32> {
 
 /// The cgroup of both links.
 fn cgroup_id(pins: &PinDir) -> Option<u64> {
-    let cgroup_of = |name: &str| {
-        let link = sys::open(&pins.pin(name)).ok()?;
-        sys::link_cgroup_id(link.as_fd()).ok().filter(|id| *id != 0)
-    };
+    let cgroup_of = |name: &str| attached_cgroup(&pins.pin(name)).ok().flatten();
     let (tag_flow, gate) = (cgroup_of(LINK_PIN)?, cgroup_of(GATE_PIN)?);
     (tag_flow == gate).then_some(tag_flow)
+}
+
+/// Id of the cgroup that the link pinned at `pin` is attached to; nothing if that cgroup was removed, which detached the link.
+///
+/// # Errors
+/// There is no such pin, or it can't be looked at.
+pub fn attached_cgroup(pin: &Path) -> std::io::Result<Option<u64>> {
+    let link = sys::open(pin)?;
+    Ok(Some(sys::link_cgroup_id(link.as_fd())?).filter(|id| *id != 0))
 }
 
 /// SHA-256 of the object with this program's kernel programs.

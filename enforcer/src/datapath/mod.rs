@@ -9,15 +9,17 @@ mod memory;
 mod netns;
 mod offsets;
 mod revocations;
+mod sockdiag;
 mod sys;
 
 pub use inject::{InjectError, Injectors};
-pub use living::{Living, object_hash};
+pub use living::{Living, attached_cgroup, object_hash};
 pub use load::{LoadError, Loaded, load, replace};
 pub use maps::{Live, LiveError, Maps};
 pub use memory::{MapMemory, map_memory};
 pub use netns::SocketDestroyer;
 pub use offsets::{OffsetError, TcpOffsets};
+pub use sockdiag::{Dump, TcpSocket, tcp_sockets};
 
 use std::path::{Path, PathBuf};
 

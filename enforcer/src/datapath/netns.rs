@@ -8,6 +8,8 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use enforcer_common::abi::{Ends, FAMILY_V4};
 use nix::sched::{CloneFlags, setns};
@@ -20,15 +22,20 @@ const NLM_F_REQUEST_ACK: u16 = 0x1 | 0x4;
 const NLMSG_ERROR: u16 = 2;
 /// Netlink sockets that are kept: namespaces with guarded servers.
 const MAX_NAMESPACES: usize = 256;
+/// Pause after a search that found nothing.
+const SEARCH_PAUSE: Duration = Duration::from_secs(1);
 
 /// Destroys TCP sockets by their addresses and cookies.
 #[derive(Default)]
 pub struct SocketDestroyer {
     namespaces: HashMap<u64, OwnedFd>,
+    /// Namespaces that were not found, and when: each search walks all of `/proc`.
+    missing: HashMap<u64, Instant>,
 }
 
+/// `struct nlmsghdr` and `struct inet_diag_req_v2`.
 #[repr(C)]
-struct Request {
+pub(super) struct Request {
     len: u32,
     kind: u16,
     flags: u16,
@@ -48,6 +55,40 @@ struct Request {
 }
 const _: () = assert!(size_of::<Request>() == 72);
 
+impl Request {
+    /// For TCP sockets of a family, in any state, with any ends.
+    pub(super) fn new(kind: u16, flags: u16, family: u8) -> Self {
+        Self {
+            len: size_of::<Self>() as u32,
+            kind,
+            flags,
+            sequence: 1,
+            port: 0,
+            family,
+            protocol: libc::IPPROTO_TCP as u8,
+            extensions: 0,
+            pad: 0,
+            states: u32::MAX,
+            source_port: [0; 2],
+            destination_port: [0; 2],
+            source: [0; 16],
+            destination: [0; 16],
+            interface: 0,
+            cookie: [0; 2],
+        }
+    }
+
+    /// Only sockets in these states (a bit each) with this local port (0: any).
+    pub(super) fn with_states(self, states: u32, port: u16) -> Self {
+        Self { states, source_port: port.to_be_bytes(), ..self }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        // SAFETY: `repr(C)`, integers only; the size asserted above leaves no room for padding.
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(self).cast::<u8>(), size_of::<Self>()) }
+    }
+}
+
 impl SocketDestroyer {
     /// Destroys the socket with these ends and this cookie, bound to this interface (0: none), in the namespace with
     /// `netns_cookie`. Its peer sees a reset. A socket
@@ -59,30 +100,18 @@ impl SocketDestroyer {
         let Ends { local, peer } = ends;
         let netlink = self.netlink(netns_cookie)?;
         let v4 = local.family == FAMILY_V4;
+        let family = if v4 { libc::AF_INET } else { libc::AF_INET6 };
         let request = Request {
-            len: size_of::<Request>() as u32,
-            kind: SOCK_DESTROY,
-            flags: NLM_F_REQUEST_ACK,
-            sequence: 1,
-            port: 0,
-            family: if v4 { libc::AF_INET } else { libc::AF_INET6 } as u8,
-            protocol: libc::IPPROTO_TCP as u8,
-            extensions: 0,
-            pad: 0,
-            states: u32::MAX,
             source_port: local.port.to_be_bytes(),
             destination_port: peer.port.to_be_bytes(),
             source: local.addr,
             destination: peer.addr,
             interface,
             cookie: [cookie as u32, (cookie >> 32) as u32],
-        };
-        // SAFETY: `repr(C)`, integers only; the size asserted above leaves no room for padding.
-        let bytes = unsafe {
-            std::slice::from_raw_parts(std::ptr::from_ref(&request).cast::<u8>(), size_of::<Request>())
+            ..Request::new(SOCK_DESTROY, NLM_F_REQUEST_ACK, family as u8)
         };
         let result = (|| {
-            send(netlink, bytes, MsgFlags::empty())?;
+            send(netlink, request.bytes(), MsgFlags::empty())?;
             let mut answer = [0_u8; 512];
             let length = recv(netlink, &mut answer, MsgFlags::empty())?;
             Ok::<_, nix::Error>(acknowledgement(&answer[..length]))
@@ -102,10 +131,16 @@ impl SocketDestroyer {
         if let Some(socket) = self.namespaces.get(&netns_cookie) {
             return Ok(socket.as_raw_fd());
         }
-        let found = find(netns_cookie)?;
-        if self.namespaces.len() >= MAX_NAMESPACES {
-            self.namespaces.clear();
+        if self.missing.get(&netns_cookie).is_some_and(|since| since.elapsed() < SEARCH_PAUSE) {
+            return Err(not_found());
         }
+        if self.namespaces.len().max(self.missing.len()) >= MAX_NAMESPACES {
+            self.namespaces.clear();
+            self.missing.clear();
+        }
+        let found = find(netns_cookie).inspect_err(|_| {
+            self.missing.insert(netns_cookie, Instant::now());
+        })?;
         let fd = found.as_raw_fd();
         self.namespaces.insert(netns_cookie, found);
         Ok(fd)
@@ -142,25 +177,36 @@ fn find(netns_cookie: u64) -> Result<OwnedFd> {
                 return Ok(socket);
             }
         }
-        Err(Error::new(ErrorKind::NotFound, "no process lives in the socket's network namespace"))
+        Err(not_found())
     })
     .join()
     .unwrap_or_else(|_| Err(Error::other("the search for a network namespace panicked")))
 }
 
-/// Paths of network namespaces: of processes, and those that `ip netns` keeps by name.
-fn namespaces() -> impl Iterator<Item = std::path::PathBuf> {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
-        let name = entry.file_name();
-        name.to_str()?.parse::<u32>().ok()?;
-        Some(entry.path().join("ns/net"))
-    });
-    let named = std::fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
-    processes.chain(named)
+fn not_found() -> Error {
+    Error::new(ErrorKind::NotFound, "no process lives in the socket's network namespace")
+}
+
+/// Paths of network namespaces, many of them several times: of processes, those that `ip netns` keeps by name, and of threads.
+pub(super) fn namespaces() -> impl Iterator<Item = PathBuf> {
+    let named = entries(Path::new("/run/netns"));
+    let threads = numbered(Path::new("/proc"))
+        .flat_map(|process| numbered(&process.join("task")).map(|thread| thread.join("ns/net")));
+    numbered(Path::new("/proc")).map(|process| process.join("ns/net")).chain(named).chain(threads)
+}
+
+fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+fn numbered(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    entries(directory).filter(|path| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.parse::<u32>().is_ok())
+    })
 }
 
 /// A sock_diag socket in the thread's namespace, and that namespace's cookie.
-fn netlink_here() -> Result<(OwnedFd, u64)> {
+pub(super) fn netlink_here() -> Result<(OwnedFd, u64)> {
     let netlink =
         socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
     let timeout = nix::sys::time::TimeVal::new(1, 0);

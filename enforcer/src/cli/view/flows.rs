@@ -9,6 +9,7 @@ use enforcer_common::flow::Ctl;
 use serde::Serialize;
 
 use super::servers::names_by_endpoint;
+use super::unguarded::Connection;
 use crate::cli::format::{NONE, age_ms, duration, or_none, socket};
 use crate::cli::output::{Render, table};
 
@@ -19,12 +20,15 @@ pub(super) struct Source {
     pub(super) labels: BTreeMap<u32, GrantLabel>,
     pub(super) servers: BTreeMap<u32, ServerLabel>,
     pub(super) endpoints: BTreeMap<EndpointKey, Endpoint>,
+    pub(super) unguarded: Vec<Connection>,
 }
 
 #[derive(Debug, Serialize)]
 pub(super) struct Flows {
     /// Oldest first.
     flows: Vec<Row>,
+    /// Connections to protected endpoints that have no flow record: from before the enforcement.
+    unguarded: Vec<Connection>,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,7 +68,7 @@ pub(super) fn last_grant_slot(flow: &Flow) -> Option<u32> {
 }
 
 impl Flows {
-    pub(super) fn of(source: &Source, now_ns: u64) -> Self {
+    pub(super) fn of(source: Source, now_ns: u64) -> Self {
         let names = names_by_endpoint(&source.servers, &source.endpoints);
         let mut flows: Vec<_> = source.flows.iter().collect();
         flows.sort_by_key(|(cookie, flow)| (flow.opened_ns, **cookie));
@@ -84,9 +88,9 @@ impl Flows {
             refused: flow.refused,
             punts: flow.punts,
             punted_bytes: flow.punted_bytes,
-            last_grant: last_grant(source, flow),
+            last_grant: last_grant(&source, flow),
         };
-        Self { flows: flows.into_iter().map(row).collect() }
+        Self { flows: flows.into_iter().map(row).collect(), unguarded: source.unguarded }
     }
 }
 
@@ -124,6 +128,14 @@ impl Render for Flows {
                 grant.and_then(|grant| grant.client_id.clone()).unwrap_or_else(|| NONE.to_owned()),
             ]
         });
+        let unguarded = self.unguarded.iter().map(|found| {
+            let mut row = [NONE; 14].map(str::to_owned);
+            row[0] = found.cookie.to_string();
+            row[1].clone_from(&found.client_address);
+            row[2].clone_from(&found.server_address);
+            "UNGUARDED".clone_into(&mut row[4]);
+            row
+        });
         let header = [
             "COOKIE",
             "CLIENT",
@@ -140,7 +152,7 @@ impl Render for Flows {
             "LAST SUBJECT",
             "LAST CLIENT ID",
         ];
-        table(header, rows)
+        table(header, rows.chain(unguarded))
     }
 }
 
@@ -172,12 +184,28 @@ mod tests {
             labels: BTreeMap::from([(4, label(grant_serial(77, 4), "alice", ""))]),
             servers: BTreeMap::from([(0, server("files", "127.0.0.1:80"))]),
             endpoints: BTreeMap::from([endpoint(key, 0)]),
+            unguarded: Vec::new(),
         }
     }
 
     #[test]
+    fn connections_without_a_record_come_last() {
+        let unguarded = Connection {
+            cookie: 77,
+            netns_cookie: 1,
+            client_address: "192.0.2.9:1".into(),
+            server_address: "127.0.0.1:80".into(),
+        };
+        let flows = Flows::of(Source { unguarded: vec![unguarded], ..source() }, 64_000_000_000);
+        let text = flows.text();
+        let last: Vec<_> = text.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(last[..6], ["77", "192.0.2.9:1", "127.0.0.1:80", "-", "UNGUARDED", "-"]);
+        assert_eq!(serde_json::to_value(&flows).unwrap()["unguarded"][0]["cookie"], 77);
+    }
+
+    #[test]
     fn oldest_first_then_by_cookie() {
-        let flows = Flows::of(&source(), 64_000_000_000);
+        let flows = Flows::of(source(), 64_000_000_000);
         assert_eq!(flows.flows.iter().map(|row| row.cookie).collect::<Vec<_>>(), [9, 1, 4]);
         let lines: Vec<Vec<String>> = flows
             .text()
@@ -211,7 +239,7 @@ mod tests {
 
     #[test]
     fn json_names_units_and_says_null_for_nothing() {
-        let json = serde_json::to_value(Flows::of(&source(), 64_000_000_000)).unwrap();
+        let json = serde_json::to_value(Flows::of(source(), 64_000_000_000)).unwrap();
         let (old, young) = (&json["flows"][0], &json["flows"][1]);
         assert_eq!(old["age_ms"], 63_000);
         assert_eq!(old["last_grant"]["serial"], grant_serial(77, 4));
@@ -224,7 +252,7 @@ mod tests {
     fn a_grant_that_is_gone_is_not_shown() {
         let mut source = source();
         source.labels.clear();
-        let json = serde_json::to_value(Flows::of(&source, 0)).unwrap();
+        let json = serde_json::to_value(Flows::of(source, 0)).unwrap();
         assert_eq!(json["flows"][0]["last_grant"], serde_json::Value::Null);
     }
 }

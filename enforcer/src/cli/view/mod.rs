@@ -8,6 +8,7 @@ mod servers;
 mod status;
 #[cfg(test)]
 mod testing;
+mod unguarded;
 mod verdicts;
 
 use super::exit::{NOT_LOADED, OK};
@@ -15,16 +16,15 @@ use super::format::unix_secs;
 use super::output::print;
 use super::{Global, live};
 use crate::datapath::{LiveError, map_memory};
+use crate::lifecycle::unguarded::find;
 use crate::lifecycle::{Usage, lock};
 
 pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
     let pins = global.pins();
     // Who may not look into the lock directory may still look at the maps.
     let lock = lock::state(&global.pin_name).ok();
-    let place = status::Place {
-        pin_directory: pins.path().to_owned(),
-        link_pinned: pins.pin(crate::datapath::LINK_PIN).exists(),
-    };
+    let place =
+        status::Place { pin_directory: pins.path().to_owned(), link_pinned: unguarded::is_attached(&pins) };
     let live = match live::open(global) {
         Ok(live) => live,
         Err(error) if matches!(error.downcast_ref(), Some(LiveError::NotLoaded(_))) => {
@@ -40,6 +40,7 @@ pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
         grants: live::grants(&live)?.len(),
         revocations: live.revocations()?.len(),
         memory: map_memory(&pins)?,
+        unguarded: unguarded::Summary::of(find(&pins)),
         process: lock
             .as_ref()
             .filter(|lock| lock.held)
@@ -66,8 +67,9 @@ pub(super) fn flows(global: &Global) -> anyhow::Result<u8> {
         servers: live::servers(&live)?,
         endpoints: live::endpoints(&live)?,
         flows,
+        unguarded: unguarded::connections(&global.pins()),
     };
-    print(global.output, &flows::Flows::of(&source, live::now_ns()))?;
+    print(global.output, &flows::Flows::of(source, live::now_ns()))?;
     Ok(OK)
 }
 

@@ -8,6 +8,7 @@ use enforcer_common::abi::{
 };
 use serde::Serialize;
 
+use super::unguarded::Summary;
 use crate::cli::format::{age_ms, duration, mebibytes};
 use crate::cli::output::{Render, pairs};
 use crate::datapath::MapMemory;
@@ -32,6 +33,7 @@ pub(super) struct Used {
     pub(super) memory: Vec<MapMemory>,
     /// What the daemon's process holds, if it lives and may be looked at.
     pub(super) process: Option<Usage>,
+    pub(super) unguarded: Summary,
 }
 
 #[derive(Debug, Serialize)]
@@ -76,6 +78,8 @@ struct Loaded {
     revocations: Table,
     maps_bytes: u64,
     maps: BTreeMap<&'static str, u64>,
+    /// What is at protected endpoints and not guarded.
+    unguarded: Summary,
 }
 
 #[derive(Debug, Serialize)]
@@ -148,6 +152,7 @@ impl Status {
                 grants: Table { used: used.grants, capacity: MAX_GRANTS },
                 revocations: Table { used: used.revocations, capacity: MAX_REVOCATIONS },
                 maps_bytes: used.memory.iter().map(|map| map.bytes).sum(),
+                unguarded: used.unguarded,
                 maps: used.memory.into_iter().map(|map| (map.name, map.bytes)).collect(),
             }),
         }
@@ -211,6 +216,7 @@ impl Render for Status {
                 ("revocations", loaded.revocations.text()),
                 ("maps", format!("{} of kernel memory", mebibytes(loaded.maps_bytes))),
             ]);
+            rows.extend(loaded.unguarded.text().map(|text| ("NOT GUARDED", text)));
         }
         let link = if self.link_pinned { "attached" } else { "not attached" };
         rows.push(("pins", format!("{} ({link})", self.pin_directory.display())));
@@ -246,6 +252,7 @@ mod tests {
     use super::super::testing::{NOW_NS, config};
     use super::*;
     use crate::lifecycle::lock::LockRecord;
+    use crate::lifecycle::unguarded::Unguarded;
 
     fn used() -> Used {
         let map = |name, bytes| MapMemory { name, bytes };
@@ -256,7 +263,8 @@ mod tests {
             descriptors: 40,
             descriptors_max: 1024,
         };
-        Used { flows: 3, verdicts: 2, grants: 1, revocations: 4, memory, process: Some(process) }
+        let unguarded = Summary::of(Ok(Unguarded::default()));
+        Used { flows: 3, verdicts: 2, grants: 1, revocations: 4, memory, process: Some(process), unguarded }
     }
 
     fn place(link_pinned: bool) -> Place {

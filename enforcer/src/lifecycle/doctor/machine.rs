@@ -91,6 +91,17 @@ pub(super) fn memlock(programs_loaded: bool) -> Check {
     }
 }
 
+/// The kernel programs read the machine's clock, the daemon reads its time namespace's: with an offset between them, deadlines
+/// would be anywhere.
+pub(super) fn clock() -> Check {
+    match crate::lifecycle::clock::check() {
+        Ok(()) => Check::pass("clock", "this process and the kernel programs read the same clock"),
+        Err(error) => {
+            Check::fail("clock", error.to_string(), "run the enforcer in the initial time namespace")
+        }
+    }
+}
+
 pub(super) fn mptcp() -> Check {
     let enabled = fs::read_to_string("/proc/sys/net/mptcp/enabled").ok();
     let protocols = fs::read_to_string("/proc/net/protocols").unwrap_or_default();
@@ -109,7 +120,7 @@ fn judge_mptcp(enabled: Option<&str>, protocols: &str) -> Check {
         Some(_) => Check::warn(
             NAME,
             format!(
-                "{sockets} sockets in this network namespace use MPTCP; its connections can't be guarded and are cut off"
+                "{sockets} sockets in this network namespace use MPTCP; their clients are made to use plain TCP, which takes them some seconds at the first connection"
             ),
             "sysctl net.mptcp.enabled=0, or start Go servers with GODEBUG=multipathtcp=0",
         ),

@@ -1,11 +1,16 @@
 //! Whether this machine can hold an enforcement: checks by behaviour, not by version.
 
 mod kernel;
+mod listeners;
 mod machine;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use enforcer_common::abi::EndpointKey;
 use serde::Serialize;
+
+use crate::datapath::PinDir;
 
 /// How a check went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -68,6 +73,10 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// The cgroup to guard; the hierarchy's root when absent.
     pub cgroup: Option<PathBuf>,
+    /// The endpoints of the policy that is to be enforced, if it is known.
+    pub endpoints: Option<BTreeSet<EndpointKey>>,
+    /// The pins of an enforcement that may be loaded.
+    pub pins: PinDir,
     /// The datapath's own test; run last, and only if the programs load.
     pub behaviour: Option<BehaviourCheck>,
 }
@@ -86,8 +95,11 @@ pub fn examine(options: Options) -> Vec<Check> {
     let programs = kernel::programs(&options.bpffs);
     let loaded = programs.grade == Grade::Pass;
     checks.extend([machine::memlock(loaded), programs, kernel::socket_destruction(), machine::mptcp()]);
+    let clock = machine::clock();
+    let may_behave = loaded && clock.grade == Grade::Pass;
+    checks.extend([clock, listeners::check(&options)]);
     match options.behaviour {
-        Some(behaviour) if loaded => checks.push(match behaviour() {
+        Some(behaviour) if may_behave => checks.push(match behaviour() {
             Ok(detail) => Check::pass("behaviour", detail),
             Err(detail) => Check::fail(
                 "behaviour",
@@ -95,7 +107,11 @@ pub fn examine(options: Options) -> Vec<Check> {
                 "this kernel delivers injected bytes wrongly; use another one (docs/cli.md, `doctor`)",
             ),
         }),
-        Some(_) => checks.push(Check::fail("behaviour", "not tried: the programs do not load", "see above")),
+        Some(_) => checks.push(Check::fail(
+            "behaviour",
+            "not tried: the programs do not load, or the clocks differ",
+            "see above",
+        )),
         None => {}
     }
     checks
@@ -118,7 +134,9 @@ mod tests {
             return;
         }
         let bpffs = PathBuf::from(paths::BPFFS);
-        let options = Options { bpffs, cgroup: None, behaviour: Some(Box::new(|| Ok("worked".into()))) };
+        let pins = PinDir::new(bpffs.join("enforcer-doctor-test"));
+        let behaviour: BehaviourCheck = Box::new(|| Ok("worked".into()));
+        let options = Options { bpffs, cgroup: None, endpoints: None, pins, behaviour: Some(behaviour) };
         let checks = examine(options);
         assert!(is_fit(&checks), "{checks:#?}");
         let names: Vec<_> = checks.iter().map(|check| check.name).collect();
@@ -134,6 +152,8 @@ mod tests {
                 "programs",
                 "socket-destruction",
                 "mptcp",
+                "clock",
+                "listeners",
                 "behaviour"
             ]
         );
@@ -152,7 +172,14 @@ mod tests {
         let place = bpffs.path().to_owned();
         crate::lifecycle::testing::in_own_mount_namespace(move || {
             let behaviour: BehaviourCheck = Box::new(|| Err("the second request did not arrive".into()));
-            let checks = examine(Options { bpffs: place, cgroup: None, behaviour: Some(behaviour) });
+            let pins = PinDir::new(place.join("enforcer"));
+            let checks = examine(Options {
+                bpffs: place,
+                cgroup: None,
+                endpoints: None,
+                pins,
+                behaviour: Some(behaviour),
+            });
             assert!(!is_fit(&checks));
             let last = checks.last().unwrap();
             assert_eq!((last.name, last.grade), ("behaviour", Grade::Fail));
