@@ -8,10 +8,10 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::build;
 use crate::process::run;
 use crate::setup::BpfToolchain;
 use crate::workspace::{BPF_PACKAGE, Workspace};
+use crate::{build, bypass};
 
 /// A longer file is a hint that it holds two subjects.
 const MOST_LINES_PER_FILE: usize = 450;
@@ -36,6 +36,7 @@ pub(crate) fn check(workspace: &Workspace, toolchain: &BpfToolchain) -> Result<(
         ("documentation of the host crates", host_doc(workspace)),
         ("documentation of the kernel programs", bpf_doc(workspace)),
         ("shape of the tree", tree(&workspace.root)),
+        ("tests named in the documentation", bypass::check(&workspace.root)),
     ];
     let mut failed = Vec::new();
     for (name, outcome) in steps {

@@ -1,6 +1,7 @@
 //! Tasks of the workspace: `cargo xtask --help`.
 
 mod build;
+mod bypass;
 mod check;
 mod probe;
 mod process;

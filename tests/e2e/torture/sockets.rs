@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -54,16 +54,32 @@ pub(crate) struct ListenerKind {
     pub(crate) reuse_port: bool,
     /// `TCP_FASTOPEN` with a queue of 16.
     pub(crate) fast_open: bool,
+    /// `TCP_DEFER_ACCEPT` for so many seconds; 0: not.
+    pub(crate) defer_accept_secs: libc::c_int,
 }
 
-/// Makes an IPv4 listener inside `cgroup` (and `netns`): a socket belongs to the cgroup of the process that makes it, so a
-/// short-lived child makes it and passes it over a unix socket (SCM_RIGHTS).
+/// Makes an IPv4 listener inside `cgroup` (and `netns`).
 pub(crate) fn listener_in(
     cgroup: &Cgroup,
     netns: Option<&NetNs>,
     listen: SocketAddr,
     kind: ListenerKind,
 ) -> Result<TcpListener> {
+    Ok(made_in(cgroup, netns, move || make(listen, kind))?.into())
+}
+
+/// Makes an IPv4 UDP socket inside `cgroup`.
+pub(crate) fn datagrams_in(cgroup: &Cgroup, listen: SocketAddr) -> Result<UdpSocket> {
+    Ok(made_in(cgroup, None, move || bound(libc::SOCK_DGRAM, 0, listen))?.into())
+}
+
+/// A socket belongs to the cgroup of the process that makes it, so a short-lived child makes it and passes it over a unix
+/// socket (SCM_RIGHTS).
+fn made_in(
+    cgroup: &Cgroup,
+    netns: Option<&NetNs>,
+    make: impl Fn() -> io::Result<RawFd> + Send + Sync + 'static,
+) -> Result<OwnedFd> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)
         .context("socketpair")?;
     let mut command = Command::new("true");
@@ -73,10 +89,7 @@ pub(crate) fn listener_in(
     }
     // SAFETY: the closure makes system calls on memory of its own; no lock is taken and nothing allocated.
     unsafe {
-        command.pre_exec(move || {
-            let listener = make(listen, kind)?;
-            pass(theirs.as_raw_fd(), listener)
-        });
+        command.pre_exec(move || pass(theirs.as_raw_fd(), make()?));
     }
     let status = command.status().context("cannot start the listener's maker")?;
     ensure!(status.success(), "the listener's maker ended with {status}");
@@ -94,32 +107,48 @@ pub(crate) fn listener_in(
         _ => None,
     });
     // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { TcpListener::from_raw_fd(fd.context("no descriptor came")?) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd.context("no descriptor came")?) })
 }
 
 fn make(listen: SocketAddr, kind: ListenerKind) -> io::Result<RawFd> {
-    let SocketAddr::V4(listen) = listen else { return Err(io::ErrorKind::Unsupported.into()) };
     let protocol = if kind.mptcp { libc::IPPROTO_MPTCP } else { libc::IPPROTO_TCP };
-    let addr = libc::sockaddr_in {
-        sin_family: libc::sa_family_t::try_from(libc::AF_INET).unwrap_or_default(),
-        sin_port: listen.port().to_be(),
-        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(listen.ip().octets()) },
-        sin_zero: [0; 8],
-    };
-    // SAFETY: plain system calls on an address and a number that live through them.
+    // SAFETY: plain system calls on a socket of our own.
     unsafe {
         let fd = check(libc::socket(libc::AF_INET, libc::SOCK_STREAM, protocol))?;
         set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
         if kind.reuse_port {
             set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
         }
-        check(libc::bind(fd, (&raw const addr).cast(), socklen::<libc::sockaddr_in>()))?;
+        bind(fd, listen)?;
         if kind.fast_open {
             set_option(fd, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)?;
+        }
+        if kind.defer_accept_secs > 0 {
+            set_option(fd, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, kind.defer_accept_secs)?;
         }
         check(libc::listen(fd, 128))?;
         Ok(fd)
     }
+}
+
+/// A socket with an IPv4 address.
+fn bound(kind: libc::c_int, protocol: libc::c_int, listen: SocketAddr) -> io::Result<RawFd> {
+    // SAFETY: a plain system call.
+    let fd = check(unsafe { libc::socket(libc::AF_INET, kind, protocol) })?;
+    bind(fd, listen)?;
+    Ok(fd)
+}
+
+fn bind(fd: RawFd, listen: SocketAddr) -> io::Result<()> {
+    let SocketAddr::V4(listen) = listen else { return Err(io::ErrorKind::Unsupported.into()) };
+    let addr = libc::sockaddr_in {
+        sin_family: libc::sa_family_t::try_from(libc::AF_INET).unwrap_or_default(),
+        sin_port: listen.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(listen.ip().octets()) },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: the address lives through the call.
+    check(unsafe { libc::bind(fd, (&raw const addr).cast(), socklen::<libc::sockaddr_in>()) }).map(drop)
 }
 
 fn set_option(fd: RawFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
