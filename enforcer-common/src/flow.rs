@@ -105,6 +105,110 @@ impl Ctl {
     }
 }
 
+/// A control word where it is kept: in a map's value, or in a test's memory.
+pub trait CtlWord {
+    /// The word as it is now.
+    fn load(&self) -> Ctl;
+
+    /// Changes the word if it still is `old`; whether it was. Atomic, with a full barrier.
+    #[must_use]
+    fn replace(&self, old: Ctl, new: Ctl) -> bool;
+}
+
+/// What became of the judge's wish to give more bytes to the daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Claim {
+    /// They are the daemon's, under this control word.
+    Done(Ctl),
+    /// The flow is no longer the daemon's: the bytes must be judged like any others.
+    HandedBack,
+    /// More bytes than the control word counts.
+    TooLong,
+}
+
+/// Adds bytes to a flow that was the daemon's when the judge looked. The judge's side of the race with [`hand_back`].
+#[inline(always)]
+pub fn claim(word: &impl CtlWord, len_bytes: u64) -> Claim {
+    let now = word.load();
+    if now.state() != State::Punted as u64 {
+        return Claim::HandedBack;
+    }
+    let Some(next) = now.punt_more(len_bytes) else { return Claim::TooLong };
+    if word.replace(now, next) { Claim::Done(next) } else { Claim::HandedBack }
+}
+
+/// Gives a flow back to the kernel if it still is as the daemon saw it: whether it did. `fields` writes what belongs to the new state;
+/// it runs before the word changes, and only while the flow is the daemon's, so nobody reads those fields meanwhile.
+#[inline(always)]
+pub fn hand_back(word: &impl CtlWord, expected: Ctl, new: Ctl, fields: impl FnOnce()) -> bool {
+    if word.load() != expected || expected.state() != State::Punted as u64 {
+        return false;
+    }
+    fields();
+    word.replace(expected, new)
+}
+
+/// Whether the daemon may put bytes into a flow, `meant` being the word that it believes in: it owns the flow, in that epoch.
+#[must_use]
+#[inline(always)]
+pub fn may_inject(word: &impl CtlWord, meant: Ctl) -> bool {
+    let now = word.load();
+    now.state() == State::Punted as u64 && now.epoch() == meant.epoch()
+}
+
+/// What the judge does with bytes, as far as the flow's state tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Next {
+    /// They must begin a request.
+    Head,
+    /// They pass; the flow is in this state then, with so many bytes of the message left.
+    Pass(State, u64),
+    /// They pass if the chunk decoder agrees.
+    Chunked,
+    /// They are the daemon's, if it still owns the flow: [`claim`].
+    Claim,
+    /// They are dropped; state and bytes left as above.
+    Drop(State, u64),
+    /// So many of them end a refused request's body, the others begin the next request.
+    BehindDiscard(u64),
+    /// They go past the end of a request that was passed.
+    Pipelined,
+}
+
+/// What the judge does with `len` bytes. `left` reads how many bytes of the message are to go; it is read behind the word, or it could
+/// be that of an earlier state. A state that is none, and [`State::Opaque`] outside of observe mode, let nothing through.
+#[inline(always)]
+pub fn next(word: &impl CtlWord, observed: bool, left: impl Fn() -> u64, len: u64) -> Next {
+    const HEAD: u64 = State::Head as u64;
+    const BODY: u64 = State::Body as u64;
+    const CHUNKED: u64 = State::Chunked as u64;
+    const PUNTED: u64 = State::Punted as u64;
+    const DISCARD: u64 = State::Discard as u64;
+    const OPAQUE: u64 = State::Opaque as u64;
+    match word.load().state() {
+        HEAD => Next::Head,
+        BODY => match advance(left(), len) {
+            Advance::Within(left) => Next::Pass(State::Body, left),
+            Advance::End => Next::Pass(State::Head, 0),
+            Advance::Past => Next::Pipelined,
+        },
+        CHUNKED => Next::Chunked,
+        PUNTED => Next::Claim,
+        DISCARD => {
+            let left = left();
+            match advance(left, len) {
+                Advance::Within(left) => Next::Drop(State::Discard, left),
+                Advance::End => Next::Drop(State::Head, 0),
+                Advance::Past => Next::BehindDiscard(left),
+            }
+        }
+        OPAQUE if observed => Next::Pass(State::Opaque, 0),
+        _ => Next::Drop(State::Dead, 0),
+    }
+}
+
 /// Where `len` bytes lead that follow in a message with `left` bytes to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
@@ -159,6 +263,9 @@ pub const fn use_grant(grants: &mut [u64; FLOW_GRANTS], evicted: &mut u64, seria
         [serial, first, second, third]
     };
 }
+
+#[cfg(test)]
+mod races;
 
 #[cfg(test)]
 mod tests {

@@ -10,7 +10,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::programs::SkBuffContext;
 use core::ffi::c_void;
 use enforcer_common::abi::{Config, Counter, Flow};
-use enforcer_common::flow::Ctl;
+use enforcer_common::flow::{Ctl, CtlWord};
 
 use crate::maps::{CONFIG, COUNTERS, SINK};
 
@@ -77,21 +77,21 @@ impl CtlCell {
     }
 
     #[inline(always)]
-    pub(crate) fn load(&self) -> Ctl {
+    pub(crate) fn store(&self, ctl: Ctl) {
+        // SAFETY: as in `load`.
+        unsafe { self.0.write_volatile(ctl.0) }
+    }
+}
+
+impl CtlWord for CtlCell {
+    #[inline(always)]
+    fn load(&self) -> Ctl {
         // SAFETY: an aligned word in a map value, changed by whole-word accesses only.
         Ctl(unsafe { self.0.read_volatile() })
     }
 
     #[inline(always)]
-    pub(crate) fn store(&self, ctl: Ctl) {
-        // SAFETY: as in `load`.
-        unsafe { self.0.write_volatile(ctl.0) }
-    }
-
-    /// Changes the word if it still is what it was.
-    #[inline(always)]
-    #[must_use]
-    pub(crate) fn replace(&self, old: Ctl, new: Ctl) -> bool {
+    fn replace(&self, old: Ctl, new: Ctl) -> bool {
         // SAFETY: as in `load`.
         unsafe { compare_exchange(self.0, old.0, new.0) == old.0 }
     }

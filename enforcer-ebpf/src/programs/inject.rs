@@ -12,7 +12,7 @@ use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
     Counter, INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader,
 };
-use enforcer_common::flow::{Ctl, State};
+use enforcer_common::flow::{Ctl, hand_back, may_inject};
 
 use super::use_grant;
 use crate::kernel::{CtlCell, count};
@@ -24,7 +24,7 @@ fn inject(ctx: SkBuffContext) -> u32 {
         Ok(header) => match header.kind {
             INJECT_TO_SERVER => carry(&ctx, &header, u64::from(BPF_F_INGRESS), Counter::Injected),
             INJECT_TO_CLIENT => carry(&ctx, &header, 0, Counter::Answered),
-            INJECT_HAND_BACK => hand_back(&header),
+            INJECT_HAND_BACK => return_flow(&header),
             // The first bytes that go there break the sink's queue: its peer is shut down.
             // SAFETY: the context is valid.
             INJECT_TO_SINK => (unsafe { SINK.redirect_skb(&ctx, 0, 0) }) as u32,
@@ -37,8 +37,8 @@ fn inject(ctx: SkBuffContext) -> u32 {
 fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counter) -> u32 {
     let Some(flow) = FLOWS.get_ptr_mut(header.cookie) else { return failed() };
     // SAFETY: a valid map value, of which one word is read.
-    let ctl = CtlCell::new(unsafe { &raw mut (*flow).ctl }).load();
-    if ctl.state() != State::Punted as u64 || ctl.epoch() != Ctl(header.expected_ctl).epoch() {
+    let word = CtlCell::new(unsafe { &raw mut (*flow).ctl });
+    if !may_inject(&word, Ctl(header.expected_ctl)) {
         return failed();
     }
     // SAFETY: the context is valid. This is no TCP skb, so its length may change.
@@ -51,27 +51,22 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
     SOCKETS.redirect_skb(ctx, header.cookie, flags) as u32
 }
 
-fn hand_back(header: &InjectHeader) -> u32 {
+fn return_flow(header: &InjectHeader) -> u32 {
     let Some(flow) = FLOWS.get_ptr_mut(header.cookie) else { return failed() };
-    // SAFETY: a valid map value, of which one word is read.
-    let now = CtlCell::new(unsafe { &raw mut (*flow).ctl }).load();
-    if now != Ctl(header.expected_ctl) || now.state() != State::Punted as u64 {
-        count(Counter::HandBackLate);
-        return SK_DROP;
-    }
-    // The flow is the daemon's, and its datagrams come one after the other: until the exchange below nobody else reads or writes
-    // these fields; at worst the judge adds to the punted bytes meanwhile, and the exchange fails.
     // SAFETY: a valid map value.
-    let ctl = unsafe {
+    let word = CtlCell::new(unsafe { &raw mut (*flow).ctl });
+    // The daemon's datagrams come one after the other, so nobody else writes these fields; at worst the judge adds to the punted
+    // bytes meanwhile, and the exchange fails.
+    // SAFETY: as above.
+    let fields = || unsafe {
         (&raw mut (*flow).remaining_bytes).write_volatile(header.remaining_bytes);
         (&raw mut (*flow).chunked).write_volatile(header.chunked);
         (&raw mut (*flow).write_seq_mark).write_volatile(header.write_seq_mark);
         if header.grant_serial != 0 {
             use_grant(flow, header.grant_serial);
         }
-        CtlCell::new(&raw mut (*flow).ctl)
     };
-    let done = ctl.replace(Ctl(header.expected_ctl), Ctl(header.new_ctl));
+    let done = hand_back(&word, Ctl(header.expected_ctl), Ctl(header.new_ctl), fields);
     count(if done { Counter::HandedBack } else { Counter::HandBackLate });
     SK_DROP
 }

@@ -8,7 +8,9 @@ use enforcer_common::abi::{
     REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
 };
 use enforcer_common::chunked::{ChunkStep, Chunked};
-use enforcer_common::flow::{Advance, Ctl, State, advance, answered};
+use enforcer_common::flow::{
+    Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next,
+};
 use enforcer_common::head::{HeadInfo, Miss};
 use enforcer_common::verdict::{self, Known};
 
@@ -71,8 +73,9 @@ fn judge(ctx: SkBuffContext) -> u32 {
         if !matches!(outcome, Outcome::PuntMore) {
             break outcome;
         }
-        match claim(&input, flow) {
+        match claim(&CtlCell::new(&raw mut flow.ctl), input.len) {
             Claim::Done(ctl) => {
+                count(Counter::PuntContinued);
                 return hand_over(&input, flow, ctl, Counter::PuntContinued, 0);
             }
             Claim::TooLong => break Outcome::Dead(Counter::DeadTooLong),
@@ -88,63 +91,28 @@ fn judge(ctx: SkBuffContext) -> u32 {
     act(&input, flow, outcome)
 }
 
-/// What became of bytes for a flow that is the daemon's.
-#[must_use]
-enum Claim {
-    /// They are the daemon's, under this control word.
-    Done(Ctl),
-    /// The flow is no longer the daemon's.
-    HandedBack,
-    /// More bytes than the control word counts.
-    TooLong,
-}
-
-#[inline(always)]
-fn claim(input: &Input<'_>, flow: &mut Flow) -> Claim {
-    let ctl = CtlCell::new(&raw mut flow.ctl);
-    let now = ctl.load();
-    if now.state() != State::Punted as u64 {
-        return Claim::HandedBack;
-    }
-    let Some(next) = now.punt_more(input.len) else { return Claim::TooLong };
-    if !ctl.replace(now, next) {
-        return Claim::HandedBack;
-    }
-    count(Counter::PuntContinued);
-    Claim::Done(next)
-}
-
 #[inline(always)]
 fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
-    const HEAD: u64 = State::Head as u64;
-    const BODY: u64 = State::Body as u64;
-    const CHUNKED: u64 = State::Chunked as u64;
-    const PUNTED: u64 = State::Punted as u64;
-    const DISCARD: u64 = State::Discard as u64;
-    const OPAQUE: u64 = State::Opaque as u64;
-    match CtlCell::new(&raw mut flow.ctl).load().state() {
-        HEAD => on_head(input, flow),
-        BODY => match advance(flow.remaining_bytes, input.len) {
-            Advance::Within(left) => Outcome::Pass(Counter::BodyPassed, State::Body, left),
-            Advance::End => Outcome::Pass(Counter::BodyPassed, State::Head, 0),
-            Advance::Past => Outcome::Dead(Counter::DeadPipelined),
-        },
-        CHUNKED => on_chunked(input, flow),
-        PUNTED => match look_for_answer(input, flow) {
+    let word = CtlCell::new(&raw mut flow.ctl);
+    // SAFETY: a valid map value. Volatile: a hand-back may have written it since this judge last looked.
+    let left = || unsafe { (&raw const flow.remaining_bytes).read_volatile() };
+    match next(&word, flow.flags & FLOW_OBSERVE != 0, left, input.len) {
+        Next::Head => on_head(input, flow),
+        Next::Pass(State::Opaque, left) => Outcome::Pass(Counter::OpaquePassed, State::Opaque, left),
+        Next::Pass(state, left) => Outcome::Pass(Counter::BodyPassed, state, left),
+        Next::Chunked => on_chunked(input, flow),
+        Next::Claim => match look_for_answer(input, flow) {
             Ok(()) => Outcome::PuntMore,
             Err(counter) => Outcome::Dead(counter),
         },
-        DISCARD => match advance(flow.remaining_bytes, input.len) {
-            Advance::Within(left) => Outcome::Drop(Counter::BodyDiscarded, State::Discard, left),
-            Advance::End => Outcome::Drop(Counter::BodyDiscarded, State::Head, 0),
-            // The refusal was sent before, so the client may rightly be in its next request: no pipelining.
-            Advance::Past => match look_for_answer(input, flow) {
-                Ok(()) => Outcome::Punt(Counter::PuntBehindDiscard, flow.remaining_bytes),
-                Err(counter) => Outcome::Dead(counter),
-            },
+        Next::Drop(State::Dead, left) => Outcome::Drop(Counter::DeadDropped, State::Dead, left),
+        Next::Drop(state, left) => Outcome::Drop(Counter::BodyDiscarded, state, left),
+        // The refusal was sent before, so the client may rightly be in its next request: no pipelining.
+        Next::BehindDiscard(left) => match look_for_answer(input, flow) {
+            Ok(()) => Outcome::Punt(Counter::PuntBehindDiscard, left),
+            Err(counter) => Outcome::Dead(counter),
         },
-        OPAQUE if flow.flags & FLOW_OBSERVE != 0 => Outcome::Pass(Counter::OpaquePassed, State::Opaque, 0),
-        _ => Outcome::Drop(Counter::DeadDropped, State::Dead, 0),
+        Next::Pipelined => Outcome::Dead(Counter::DeadPipelined),
     }
 }
 
@@ -199,7 +167,9 @@ fn look_for_answer(input: &mut Input<'_>, flow: &Flow) -> Result<(), Counter> {
     let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
         return Err(Counter::DeadHelper);
     };
-    input.unanswered = !answered(flow.requests == 0, flow.write_seq_mark, write_seq, acknowledged_seq);
+    // SAFETY: as in `decide`.
+    let mark = unsafe { (&raw const flow.write_seq_mark).read_volatile() };
+    input.unanswered = !answered(flow.requests == 0, mark, write_seq, acknowledged_seq);
     input.write_seq = write_seq;
     Ok(())
 }

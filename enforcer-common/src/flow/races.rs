@@ -1,0 +1,306 @@
+//! The race for a flow's control word, in every order that two CPUs can give it: the judge runs [`next`] and [`claim`], the inject
+//! program [`may_inject`] and [`hand_back`], on the same word and fields. `shuttle` tries all orders, switching before each access to
+//! word, fields and queues.
+//!
+//! Accesses of one CPU happen in the program's order, as on x86. (On a machine that reorders loads, the load of the word would have to
+//! be an acquire, which the kernel's instruction set has since 6.15 only.)
+//!
+//! Each scenario runs with the real functions, and with one thing left out at a time, which has to be found.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard};
+use std::vec::Vec;
+
+use shuttle::scheduler::DfsScheduler;
+use shuttle::sync::Arc;
+use shuttle::sync::atomic::{AtomicU64, Ordering};
+
+use shuttle::{Config, Runner};
+
+use super::*;
+
+/// What is wrong with the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    Nothing,
+    /// The hand-back looks at state and epoch, not at the number of bytes.
+    BytesNotCompared,
+    /// The hand-back does not look at the epoch.
+    EpochNotCompared,
+    /// The hand-back writes the word without looking again.
+    NoExchange,
+    /// The judge counts its bytes without looking again.
+    ClaimStores,
+    /// The hand-back writes the fields behind the word.
+    FieldsLast,
+    /// The judge reads the fields before the word.
+    FieldsFirst,
+    /// Bytes are injected whatever the epoch.
+    InjectedBlindly,
+}
+
+/// A message of so many bytes begins the connection, of which the daemon decides about the first packet.
+const MESSAGE_BYTES: u64 = 3;
+
+struct Word<'a>(&'a Shared);
+
+struct Shared {
+    fault: Fault,
+    ctl: AtomicU64,
+    remaining: AtomicU64,
+    /// What the server gets, by number.
+    server: Mutex<Vec<u64>>,
+    /// Epoch, offset, first number, length.
+    ring: Mutex<VecDeque<(u32, u64, u64, u64)>>,
+}
+
+impl CtlWord for Word<'_> {
+    fn load(&self) -> Ctl {
+        Ctl(self.0.ctl.load(Ordering::SeqCst))
+    }
+
+    fn replace(&self, old: Ctl, new: Ctl) -> bool {
+        self.0.ctl.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+}
+
+impl Word<'_> {
+    fn store(&self, ctl: Ctl) {
+        self.0.ctl.store(ctl.0, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    fn new(fault: Fault) -> Self {
+        Self {
+            fault,
+            ctl: AtomicU64::new(Ctl::new(State::Head, 0, 0).0),
+            remaining: AtomicU64::new(0),
+            server: Mutex::new(Vec::new()),
+            ring: Mutex::new(VecDeque::new()),
+        }
+    }
+
+    /// A switch may happen before a queue is touched.
+    fn server(&self) -> MutexGuard<'_, Vec<u64>> {
+        shuttle::thread::yield_now();
+        self.server.lock().unwrap()
+    }
+
+    fn ring(&self) -> MutexGuard<'_, VecDeque<(u32, u64, u64, u64)>> {
+        shuttle::thread::yield_now();
+        self.ring.lock().unwrap()
+    }
+
+    /// The judge, on bytes `first..first + len`.
+    fn judge(&self, first: u64, len: u64) {
+        let word = Word(self);
+        for _ in 0..2 {
+            let early = self.remaining.load(Ordering::SeqCst);
+            let left = || match self.fault {
+                Fault::FieldsFirst => early,
+                _ => self.remaining.load(Ordering::SeqCst),
+            };
+            match next(&word, false, left, len) {
+                // Each head is unknown here.
+                Next::Head => {
+                    let ctl = word.load().punt(len);
+                    word.store(ctl);
+                    return self.ring().push_back((ctl.epoch(), 0, first, len));
+                }
+                Next::Pass(state, left) => {
+                    self.remaining.store(left, Ordering::SeqCst);
+                    word.store(word.load().to(state));
+                    return self.server().extend(first..first + len);
+                }
+                Next::Claim => match self.claim(&word, len) {
+                    Claim::Done(ctl) => {
+                        let record = (ctl.epoch(), ctl.punted_bytes() - len, first, len);
+                        return self.ring().push_back(record);
+                    }
+                    Claim::HandedBack => {}
+                    Claim::TooLong => panic!("too long"),
+                },
+                other => panic!("{other:?}"),
+            }
+        }
+        panic!("handed back twice");
+    }
+
+    fn claim(&self, word: &Word<'_>, len: u64) -> Claim {
+        if self.fault != Fault::ClaimStores {
+            return claim(word, len);
+        }
+        let more = word.load().punt_more(len).unwrap();
+        word.store(more);
+        Claim::Done(more)
+    }
+
+    fn hand_back(&self, expected: Ctl, new: Ctl, left: u64) -> bool {
+        let word = Word(self);
+        let fields = || self.remaining.store(left, Ordering::SeqCst);
+        let now = word.load();
+        match self.fault {
+            Fault::BytesNotCompared if now.epoch() == expected.epoch() => hand_back(&word, now, new, fields),
+            Fault::EpochNotCompared if now.punted_bytes() == expected.punted_bytes() => {
+                hand_back(&word, now, new, fields)
+            }
+            Fault::NoExchange if now == expected => {
+                fields();
+                word.store(new);
+                true
+            }
+            Fault::FieldsLast => {
+                let done = hand_back(&word, expected, new, || {});
+                if done {
+                    fields();
+                }
+                done
+            }
+            _ => hand_back(&word, expected, new, fields),
+        }
+    }
+}
+
+/// The daemon: injects what it was given, and hands the flow back after every record.
+#[derive(Default)]
+struct Daemon {
+    epoch: u32,
+    received: u64,
+    /// Bytes of the message that were injected.
+    passed: u64,
+    back: bool,
+}
+
+impl Daemon {
+    fn round(&mut self, shared: &Shared) {
+        let record = shared.ring().pop_front();
+        if let Some((epoch, offset, first, len)) = record {
+            if epoch != self.epoch {
+                *self = Self { epoch, ..Self::default() };
+            }
+            assert_eq!(offset, self.received, "a record is lost");
+            self.received += len;
+            self.passed += len;
+            self.back = false;
+            let meant = Ctl::new(State::Punted, epoch, self.received);
+            assert!(may_inject(&Word(shared), meant), "the flow is not the daemon's");
+            shared.server().extend(first..first + len);
+        }
+        if self.epoch != 0 && !self.back {
+            let expected = Ctl::new(State::Punted, self.epoch, self.received);
+            let left = MESSAGE_BYTES - self.passed.min(MESSAGE_BYTES);
+            let state = if left == 0 { State::Head } else { State::Body };
+            self.back = shared.hand_back(expected, Ctl::new(state, self.epoch, 0), left);
+        }
+    }
+}
+
+/// The daemon has the first byte of a message; the rest comes in packets of these lengths while it goes its rounds. In the end the
+/// server has every byte, once and in order, and the flow is the kernel's, at the end of the message.
+fn rest_of_message(fault: Fault, packets: &'static [u64], rounds: usize) {
+    every_order(move || {
+        let shared = Arc::new(Shared::new(fault));
+        shared.judge(0, 1);
+        let kernel = Arc::clone(&shared);
+        let judge = shuttle::thread::spawn(move || {
+            let mut first = 1;
+            for len in packets {
+                kernel.judge(first, *len);
+                first += len;
+            }
+        });
+        let mut daemon = Daemon::default();
+        for _ in 0..rounds {
+            daemon.round(&shared);
+        }
+        judge.join().unwrap();
+        for _ in packets {
+            daemon.round(&shared);
+        }
+        assert_eq!(*shared.server.lock().unwrap(), [0, 1, 2]);
+        let ctl = Word(&shared).load();
+        assert_eq!((ctl.state(), ctl.punted_bytes()), (State::Head as u64, 0));
+    });
+}
+
+fn one_packet(fault: Fault) {
+    rest_of_message(fault, &[2], 2);
+}
+
+fn two_packets(fault: Fault) {
+    rest_of_message(fault, &[1, 1], 1);
+}
+
+/// Runs a scenario in every order.
+fn every_order(scenario: impl Fn() + Send + Sync + 'static) {
+    let scheduler = DfsScheduler::new(None, false);
+    let orders = Runner::new(scheduler, Config::default()).run(scenario);
+    assert!(orders > 10, "{orders} orders are too few to be all");
+}
+
+/// A daemon that was slow acts for an epoch that is over, while the judge gives the flow to the next one.
+fn old_epoch(fault: Fault) {
+    every_order(move || {
+        let shared = Arc::new(Shared::new(fault));
+        Word(&shared).store(Ctl::new(State::Head, 7, 0));
+        let kernel = Arc::clone(&shared);
+        let judge = shuttle::thread::spawn(move || kernel.judge(0, 1));
+        let old = Ctl::new(State::Punted, 7, 1);
+        let blindly = fault == Fault::InjectedBlindly;
+        assert!(
+            !(blindly && Word(&shared).load().state() == State::Punted as u64
+                || may_inject(&Word(&shared), old))
+        );
+        assert!(!shared.hand_back(old, Ctl::new(State::Head, 7, 0), 0));
+        judge.join().unwrap();
+        assert_eq!(Word(&shared).load(), Ctl::new(State::Punted, 8, 1));
+    });
+}
+
+/// The judge declares a flow dead while the daemon hands it back: it stays dead.
+fn dead(fault: Fault) {
+    every_order(move || {
+        let shared = Arc::new(Shared::new(fault));
+        let punted = Ctl::new(State::Punted, 1, 1);
+        Word(&shared).store(punted);
+        let kernel = Arc::clone(&shared);
+        let judge = shuttle::thread::spawn(move || {
+            let word = Word(&kernel);
+            word.store(word.load().to(State::Dead));
+        });
+        shared.hand_back(punted, Ctl::new(State::Head, 1, 0), 0);
+        judge.join().unwrap();
+        assert_eq!(Word(&shared).load().state(), State::Dead as u64);
+    });
+}
+
+fn found(scenario: fn(Fault), fault: Fault) -> bool {
+    catch_unwind(AssertUnwindSafe(|| scenario(fault))).is_err()
+}
+
+#[test]
+fn no_order_of_judge_and_hand_back_loses_repeats_or_moves_a_byte() {
+    one_packet(Fault::Nothing);
+    two_packets(Fault::Nothing);
+    old_epoch(Fault::Nothing);
+    dead(Fault::Nothing);
+}
+
+#[test]
+fn each_part_of_the_protocol_is_needed() {
+    for fault in [
+        Fault::BytesNotCompared,
+        Fault::NoExchange,
+        Fault::ClaimStores,
+        Fault::FieldsLast,
+        Fault::FieldsFirst,
+    ] {
+        assert!(found(one_packet, fault) || found(two_packets, fault), "{fault:?} is not found");
+    }
+    for fault in [Fault::EpochNotCompared, Fault::InjectedBlindly] {
+        assert!(found(old_epoch, fault), "{fault:?} is not found");
+    }
+    assert!(found(dead, Fault::NoExchange));
+}
