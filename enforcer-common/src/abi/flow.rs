@@ -13,6 +13,9 @@ pub const FLOW_GRANTS: usize = 4;
 pub const FLOW_OBSERVE: u32 = 1;
 /// The flow was punted at least once: the daemon may hold state for it.
 pub const FLOW_PUNTED_ONCE: u32 = 2;
+/// The client sent a request before the one before it was answered. From then on nobody can tell which answers the server still owes,
+/// so a refusal ends the connection.
+pub const FLOW_PIPELINED: u32 = 4;
 
 /// A guarded connection, what each known head touches first: `FLOWS`, a hash by socket cookie. 65,536 entries; a connection without a record gets nothing.
 ///

@@ -104,10 +104,14 @@ pub struct InjectHeader {
     pub kind: u32,
     /// `INJECT_HAND_BACK`: `Flow::write_seq_mark`.
     pub write_seq_mark: u32,
+    /// `INJECT_HAND_BACK`: `FLOW_*` bits to set in `Flow::flags`.
+    pub flags: u32,
+    /// Zero.
+    pub zero: u32,
 }
-assert_layout!(InjectHeader, 56, [
+assert_layout!(InjectHeader, 64, [
     cookie: u64, expected_ctl: u64, new_ctl: u64, remaining_bytes: u64, chunked: u64, grant_serial: u64, kind: u32,
-    write_seq_mark: u32,
+    write_seq_mark: u32, flags: u32, zero: u32,
 ]);
 
 /// Entries of `INJECTORS`.

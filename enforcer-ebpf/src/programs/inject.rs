@@ -62,6 +62,8 @@ fn return_flow(header: &InjectHeader) -> u32 {
         (&raw mut (*flow).remaining_bytes).write_volatile(header.remaining_bytes);
         (&raw mut (*flow).chunked).write_volatile(header.chunked);
         (&raw mut (*flow).write_seq_mark).write_volatile(header.write_seq_mark);
+        let flags = (&raw const (*flow).flags).read_volatile();
+        (&raw mut (*flow).flags).write_volatile(flags | header.flags);
         if header.grant_serial != 0 {
             use_grant(flow, header.grant_serial);
         }

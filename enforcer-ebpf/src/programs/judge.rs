@@ -4,13 +4,11 @@ use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
-    Config, Counter, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow, PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS,
-    REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
+    Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, FLOW_PUNTED_ONCE, Flow, PUNT_DEAD, PUNT_UNANSWERED,
+    REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
 };
 use enforcer_common::chunked::{ChunkStep, Chunked};
-use enforcer_common::flow::{
-    Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next,
-};
+use enforcer_common::flow::{Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next};
 use enforcer_common::head::{HeadInfo, Miss};
 use enforcer_common::verdict::{self, Known};
 
@@ -45,7 +43,7 @@ struct Input<'a> {
     skb: Skb<'a>,
     cookie: u64,
     len: u64,
-    /// The answer to the previous request is not there yet.
+    /// Behind a head: the answer to the request before is not there yet. For a head, the flow is marked.
     unanswered: bool,
     /// The server's send sequence.
     write_seq: u32,
@@ -122,6 +120,9 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     if let Err(counter) = look_for_answer(input, flow) {
         return Outcome::Dead(counter);
     }
+    // In the record, not in a local, which the verifier would follow with each of its values through all that comes.
+    flow.flags |= u32::from(input.unanswered) * FLOW_PIPELINED;
+    input.unanswered = false;
     flow.write_seq_mark = input.write_seq;
     flow.requests += 1;
     flow.last_request_ns = now_ns;
@@ -185,7 +186,7 @@ fn pass_request(input: &Input<'_>, info: HeadInfo, counter: Counter) -> Outcome 
 
 #[inline(always)]
 fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, counter: Counter) -> Outcome {
-    if input.unanswered {
+    if flow.flags & FLOW_PIPELINED != 0 {
         return Outcome::Dead(Counter::DeadUnanswered);
     }
     let left = match advance(u64::from(info.head_bytes) + info.content_length, input.len) {
@@ -326,7 +327,8 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
 #[inline(always)]
 fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: Ctl, reason: Counter, skip_bytes: u64) -> u32 {
     flow.punted_bytes += input.len;
-    let flags = if input.unanswered { PUNT_UNANSWERED } else { 0 };
+    let unanswered = input.unanswered || flow.flags & FLOW_PIPELINED != 0;
+    let flags = if unanswered { PUNT_UNANSWERED } else { 0 };
     let what = Handed { reason, flags, write_seq: input.write_seq, skip_bytes };
     match punt::bytes(input.skb, flow, input.cookie, ctl, &what) {
         // Observe mode: the daemon has a copy, the server gets the bytes.

@@ -172,6 +172,7 @@ enum Stage {
 }
 
 /// A flow that was handed over at least once.
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug)]
 struct Punted {
     epoch: u32,
@@ -185,6 +186,8 @@ struct Punted {
     scanned: usize,
     stage: Stage,
     unanswered: bool,
+    /// A request came before the one before it was answered; from then on none is known to be.
+    pipelined: bool,
     observed: bool,
     /// When the head began.
     since_ns: u64,
@@ -229,6 +232,7 @@ fn let_go<D: Datapath>(cookie: u64, expected: Ctl, datapath: &mut D) {
 }
 
 /// Random secrets of one load.
+#[cfg_attr(test, derive(Clone))]
 pub struct Secrets {
     /// Key of the head digests; the kernel has the same.
     pub digest: Box<DigestKey>,
@@ -237,6 +241,7 @@ pub struct Secrets {
 }
 
 /// The engine.
+#[cfg_attr(test, derive(Clone))]
 pub struct Engine {
     endpoints: Endpoints,
     generation: u64,
@@ -519,11 +524,11 @@ impl Engine {
         flow.last_write_seq = header.write_seq;
         if let Stage::Done { .. } = flow.stage {
             // The client was faster than the hand-back: the next request begins.
-            flow.next_request(header.flags & PUNT_UNANSWERED != 0, now);
+            flow.next_request(header, now);
         }
         let bytes = match flow.discard(bytes)? {
             Some(rest) => {
-                flow.next_request(header.flags & PUNT_UNANSWERED != 0, now);
+                flow.next_request(header, now);
                 rest
             }
             None => bytes,
@@ -573,6 +578,7 @@ impl Engine {
                 write_seq_mark: header.write_seq,
                 last_write_seq: header.write_seq,
                 unanswered: header.flags & PUNT_UNANSWERED != 0,
+                pipelined: header.flags & PUNT_UNANSWERED != 0,
                 observed: header.flags & PUNT_OBSERVED != 0,
                 since_ns: now.boot_ns,
                 answers,
@@ -933,10 +939,13 @@ impl Punted {
         }
     }
 
-    /// The bytes are those of a new request.
-    fn next_request(&mut self, unanswered: bool, now: Now) {
+    /// The bytes are those of a new request. The kernel has looked for an answer since the head that it handed over; of the requests
+    /// behind that one only the engine knows, whether the server has written since they came.
+    fn next_request(&mut self, header: &PuntHeader, now: Now) {
+        let silent = header.write_seq == self.write_seq_mark;
         self.stage = Stage::Head;
-        self.unanswered = unanswered;
+        self.pipelined |= silent || header.flags & PUNT_UNANSWERED != 0;
+        self.unanswered = self.pipelined;
         self.write_seq_mark = self.last_write_seq;
         self.since_ns = now.boot_ns;
     }
@@ -963,6 +972,7 @@ impl Punted {
                 chunked,
                 grant_serial,
                 write_seq_mark,
+                pipelined: self.pipelined,
             }
         };
         match self.stage {
@@ -987,6 +997,7 @@ impl Punted {
 }
 
 /// How many lines a client can cause: between two ticks, [`LOG_LINES_MAX`]. The rest is counted and told as a number.
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug, Default)]
 struct LogLimit {
     lines: u32,
@@ -1033,6 +1044,16 @@ impl HandBack {
             chunked: 0,
             grant_serial: 0,
             write_seq_mark: 0,
+            pipelined: false,
         }
+    }
+}
+
+#[cfg(test)]
+impl Engine {
+    /// What the engine does next depends on this, and on grants and templates. For the search over all states.
+    pub(super) fn state(&self) -> String {
+        let flows: BTreeMap<_, _> = self.flows.iter().collect();
+        format!("{flows:?} {:?} {:?}", self.touched, self.timeouts)
     }
 }

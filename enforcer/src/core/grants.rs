@@ -48,6 +48,7 @@ pub struct GrantFor<'a> {
 type Key = (Fingerprint, u32);
 
 /// The slots, by token and server.
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug)]
 pub struct GrantTable {
     held: HashMap<Key, Granted>,

@@ -5,6 +5,8 @@ mod bounds;
 mod endpoints;
 mod engine;
 mod grants;
+#[cfg(test)]
+mod model;
 mod numbers;
 mod replies;
 mod revoked;
@@ -134,6 +136,8 @@ pub struct HandBack {
     pub grant_serial: u64,
     /// The server's send sequence when the last request began.
     pub write_seq_mark: u32,
+    /// The client sent a request before the one before it was answered.
+    pub pipelined: bool,
 }
 
 /// One instant, on both clocks.

@@ -9,6 +9,7 @@ use crate::http::answer::{Answer, template};
 use super::Datapath;
 
 /// The templates that the kernel knows. Equal answers share a number; when all are taken, further answers come from the daemon.
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug, Default)]
 pub struct ReplyTable {
     ids: HashMap<Vec<u8>, u32>,

@@ -103,6 +103,7 @@ pub fn must_end(
 }
 
 /// Decides when to look, looks, and has connections destroyed.
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug, Default)]
 pub struct Sweeper {
     next_ns: u64,

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{
-    Ends, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, REVOCATION_EPOCH, REVOCATION_GRANT_SLOTS, Reply,
-    Verdict,
+    Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, REVOCATION_EPOCH,
+    REVOCATION_GRANT_SLOTS, Reply, Verdict,
 };
 use enforcer_common::flow::Ctl;
 use tracing::{error, warn};
@@ -110,6 +110,8 @@ impl Datapath for Kernel {
             grant_serial: to.grant_serial,
             kind: 0,
             write_seq_mark: to.write_seq_mark,
+            flags: if to.pipelined { FLOW_PIPELINED } else { 0 },
+            zero: 0,
         })?)
     }
 

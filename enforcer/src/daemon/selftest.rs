@@ -293,6 +293,8 @@ impl Bench {
                         kind: 0,
                         grant_serial: 0,
                         write_seq_mark: write_seq,
+                        flags: 0,
+                        zero: 0,
                     })
                     .map_err(setup);
             }

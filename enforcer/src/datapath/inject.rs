@@ -107,6 +107,8 @@ impl Injectors {
                 grant_serial: 0,
                 kind,
                 write_seq_mark: 0,
+                flags: 0,
+                zero: 0,
             };
             self.send(pair, &header, part)?;
         }
