@@ -3,6 +3,7 @@
 mod build;
 mod bypass;
 mod check;
+mod fuzz;
 mod probe;
 mod process;
 mod setup;
@@ -86,6 +87,18 @@ enum Task {
         #[arg(value_name = "FILTER")]
         filters: Vec<String>,
     },
+    /// Compare how HTTP parsers read request heads that the kernel may let through, on generated heads.
+    ///
+    /// Heads are made from parts and spoiled at random; coverage does not guide it. `cargo xtask test` runs the same for a moment, and
+    /// tries what lies in tests/fuzz-corpus. A head that is read in two ways is kept there.
+    Fuzz {
+        /// How long, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+        seconds: u64,
+        /// Where the random numbers begin [default: the time].
+        #[arg(long, value_name = "NUMBER")]
+        seed: Option<u64>,
+    },
     /// Show the enforcer at work on a real MCP server and client. Needs root; cleans up after itself.
     Demo {
         /// Passed on to the demo (`cargo xtask demo -- --help` lists them).
@@ -133,6 +146,7 @@ fn run(task: Task) -> Result<()> {
             let options = test::Options { quick, release, unprivileged, soak, step_limit, filters };
             test::test(&workspace, &options)
         }
+        Task::Fuzz { seconds, seed } => fuzz::fuzz(&workspace, &setup::ensure(&workspace)?, seconds, seed),
         Task::Demo { arguments } => show::show(&workspace, "enforcer-demo", &arguments),
         Task::Bench { quick, json, arguments } => {
             let mut all = Vec::new();

@@ -2,6 +2,8 @@
 //! calls of a [`Datapath`] come out. In tests the datapath is a plain collection.
 
 mod bounds;
+#[cfg(test)]
+mod differential;
 mod endpoints;
 mod engine;
 mod grants;

@@ -24,13 +24,13 @@ const EPOCH: u32 = 3;
 const GENERATION: u64 = 11;
 
 #[derive(Default)]
-struct Fake {
+pub(super) struct Fake {
     server: Vec<u8>,
     client: Vec<u8>,
     backs: Vec<(Ctl, HandBack)>,
     destroyed: BTreeSet<u64>,
-    verdicts: BTreeMap<HeadDigest, Verdict>,
-    grants: BTreeMap<u32, Grant>,
+    pub(super) verdicts: BTreeMap<HeadDigest, Verdict>,
+    pub(super) grants: BTreeMap<u32, Grant>,
     labels: BTreeMap<u32, GrantLabel>,
     flows: BTreeMap<u64, Flow>,
     counts: Vec<&'static str>,
