@@ -4,6 +4,7 @@
 //! - [`head`] and [`digest`]: where a request head ends, how long its body is, and its keyed digest.
 //! - [`chunked`]: the framing of a chunked body.
 //! - [`flow`]: the states of a connection and who owns it at any instant.
+//! - [`scratch`]: who may use a CPU's scratch memory.
 //! - [`verdict`]: when a known head is allowed.
 //!
 //! Nothing here does I/O, allocates or reads a clock. The same code runs in the kernel and in the host's tests.
@@ -14,4 +15,5 @@ pub mod chunked;
 pub mod digest;
 pub mod flow;
 pub mod head;
+pub mod scratch;
 pub mod verdict;

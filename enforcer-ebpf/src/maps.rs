@@ -11,6 +11,7 @@ use enforcer_common::abi::{
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::head::HeadBuf;
+use enforcer_common::scratch::SLOTS;
 
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -59,16 +60,12 @@ pub(crate) static HOLD: HashMap<EndpointKey, u64> = HashMap::with_max_entries(MA
 #[map]
 pub(crate) static SINK: SockMap = SockMap::with_max_entries(1, 0);
 
-/// Memory for the head that is being judged. A judge may be interrupted, or preempted, by another one on its CPU, so a slot
-/// is owned by who set its `busy`, not by the CPU.
+/// Memory for the head that is being judged, owned by who set `busy`: see [`enforcer_common::scratch`].
 #[repr(C)]
 pub(crate) struct Slot {
     pub(crate) busy: u64,
     pub(crate) head: HeadBuf,
 }
-
-/// Slots per CPU. More than so many judges inside one another on a CPU: the flow of the last is dead.
-pub(crate) const SLOTS: u32 = 4;
 
 #[map]
 pub(crate) static SCRATCH: PerCpuArray<Slot> = PerCpuArray::with_max_entries(SLOTS, 0);

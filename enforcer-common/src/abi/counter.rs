@@ -120,6 +120,8 @@ counters! {
     GateHeld = 44, "gate-held";
     /// The server read bytes that were not judged (`splice`, zero-copy receive): the flow is dead.
     DeadUnjudged = 45, "dead-unjudged";
+    /// A judge ran inside another one on its CPU, in scratch memory of its own.
+    ScratchNested = 46, "scratch-nested";
 }
 
 /// Size of `COUNTERS`.

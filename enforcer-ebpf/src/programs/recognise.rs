@@ -2,15 +2,16 @@
 
 use core::mem::MaybeUninit;
 
-use enforcer_common::abi::{FLOW_LAYOUTS, Flow, HeadDigest, Verdict};
+use enforcer_common::abi::{Counter, FLOW_LAYOUTS, Flow, HeadDigest, Verdict};
 use enforcer_common::digest::{self, DigestKey};
 use enforcer_common::head::{
     HEAD_MAX_BYTES, HeadBuf, HeadInfo, Layout, MAX_BLOCKS, Miss, Scan, Step, mask_value, mask_with, may_have,
     zero_words,
 };
+use enforcer_common::scratch;
 
-use crate::kernel::{Failed, Skb, exchange, repeat};
-use crate::maps::{DIGEST_KEY, SCRATCH, SLOTS, Slot, VERDICTS};
+use crate::kernel::{Failed, Skb, count, exchange, repeat};
+use crate::maps::{DIGEST_KEY, SCRATCH, Slot, VERDICTS};
 
 /// What became of recognising a head.
 #[must_use]
@@ -38,7 +39,10 @@ const IRREGULAR: u64 = u64::MAX;
 #[inline(always)]
 pub(crate) fn head(skb: Skb<'_>, flow: &mut Flow) -> Head {
     let Some(key) = DIGEST_KEY.get(0) else { return Head::Failed };
-    let Some(slot) = acquire() else { return Head::NoScratch };
+    let Some((index, slot)) = acquire() else { return Head::NoScratch };
+    if index != 0 {
+        count(Counter::ScratchNested);
+    }
     // SAFETY: the slot is a valid map value, and ours until it is released.
     let head = unsafe { in_slot(skb, flow, key, &raw mut (*slot).head) };
     release(slot);
@@ -161,17 +165,10 @@ fn verdict_of(digest: &HeadDigest) -> Option<&'static Verdict> {
     unsafe { VERDICTS.get(digest) }
 }
 
-fn acquire() -> Option<*mut Slot> {
-    let mut index = 0;
-    while index < SLOTS {
-        let slot = SCRATCH.get_ptr_mut(index)?;
-        // SAFETY: a valid map value; `busy` is taken atomically, and released by who took it.
-        if unsafe { exchange(&raw mut (*slot).busy, 1) } == 0 {
-            return Some(slot);
-        }
-        index += 1;
-    }
-    None
+#[inline(always)]
+fn acquire() -> Option<(u32, *mut Slot)> {
+    // SAFETY: a valid map value; `busy` is taken atomically, and released by who took it.
+    scratch::acquire(|index| SCRATCH.get_ptr_mut(index), |slot| unsafe { exchange(&raw mut (*slot).busy, 1) })
 }
 
 #[inline(always)]
