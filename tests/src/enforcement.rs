@@ -128,9 +128,17 @@ impl Enforcement {
     /// # Errors
     /// When the program can't be started.
     pub fn spawn_daemon(&self) -> Result<Proc> {
+        self.spawn_daemon_with(&[])
+    }
+
+    /// As [`Enforcement::spawn_daemon`], with further options.
+    ///
+    /// # Errors
+    /// As [`Enforcement::spawn_daemon`].
+    pub fn spawn_daemon_with(&self, options: &[&str]) -> Result<Proc> {
         let mut command = Command::new(&self.bin);
         command.arg("run").arg("--policy").arg(self.policy_path()).arg("--cgroup").arg(self.cgroup.path());
-        command.args(["--pin-name", &self.pin_name]).args(&self.options);
+        command.args(["--pin-name", &self.pin_name]).args(&self.options).args(options);
         Proc::spawn("enforcer run", command)
     }
 

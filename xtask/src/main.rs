@@ -80,6 +80,9 @@ enum Task {
         /// How long the soak test churns, in minutes [default: 45 seconds]; give the step as much and some more.
         #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u64).range(1..=600))]
         soak_minutes: Option<u64>,
+        /// How often the kill test kills the daemon [default: 20]; 500 take about ten minutes.
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+        kills: Option<u64>,
         /// Wall-clock limit of each step, in seconds; a step over it is ended with all its processes.
         #[arg(long, value_name = "SECONDS", default_value_t = 900, value_parser = clap::value_parser!(u64).range(1..))]
         step_limit_s: u64,
@@ -140,10 +143,10 @@ fn run(task: Task) -> Result<()> {
             build::host(&workspace, release)
         }
         Task::Check => check::check(&workspace, &setup::ensure(&workspace)?),
-        Task::Test { quick, release, unprivileged, soak_minutes, step_limit_s, filters } => {
+        Task::Test { quick, release, unprivileged, soak_minutes, kills, step_limit_s, filters } => {
             let step_limit = Duration::from_secs(step_limit_s);
             let soak = soak_minutes.map(|minutes| Duration::from_secs(60 * minutes));
-            let options = test::Options { quick, release, unprivileged, soak, step_limit, filters };
+            let options = test::Options { quick, release, unprivileged, soak, kills, step_limit, filters };
             test::test(&workspace, &options)
         }
         Task::Fuzz { seconds, seed } => fuzz::fuzz(&workspace, &setup::ensure(&workspace)?, seconds, seed),

@@ -24,6 +24,9 @@ const QUICK_VARIABLE: &str = "ENFORCER_TEST_QUICK";
 /// How long the soak test runs, in seconds.
 const SOAK_VARIABLE: &str = "ENFORCER_SOAK_SECS";
 
+/// How often the kill test kills the daemon.
+const KILLS_VARIABLE: &str = "ENFORCER_KILLS";
+
 /// Cases per property with `--quick`; proptest's own default is 256.
 const QUICK_PROPTEST_CASES: &str = "32";
 
@@ -38,6 +41,8 @@ pub(crate) struct Options {
     pub(crate) unprivileged: bool,
     /// How long the soak test runs; its own default without it.
     pub(crate) soak: Option<Duration>,
+    /// How often the kill test kills; its own default without it.
+    pub(crate) kills: Option<u64>,
     /// Limit of each step.
     pub(crate) step_limit: Duration,
     /// Substrings of test names; empty means all.
@@ -96,6 +101,9 @@ impl<'a> Session<'a> {
             .env(SKIP_LOG_VARIABLE, &self.skip_log);
         if let Some(soak) = self.options.soak {
             cargo.env(SOAK_VARIABLE, soak.as_secs().to_string());
+        }
+        if let Some(kills) = self.options.kills {
+            cargo.env(KILLS_VARIABLE, kills.to_string());
         }
         if self.options.quick {
             cargo.env(QUICK_VARIABLE, "1").env("PROPTEST_CASES", QUICK_PROPTEST_CASES);

@@ -224,7 +224,7 @@ fn read_token(input: impl Read) -> anyhow::Result<Zeroizing<String>> {
 
 /// Fetches the keys of the server's issuers, each once.
 fn load_keys(policy: &Policy, server: &Server) -> anyhow::Result<(KeySnapshot, Vec<KeyError>)> {
-    let policy = Policy { mode: policy.mode, issuers: server.issuers.clone(), servers: Vec::new() };
+    let policy = Policy { issuers: server.issuers.clone(), servers: Vec::new(), ..policy.clone() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(async {
         let manager = KeyManager::start(Arc::new(policy));

@@ -14,7 +14,12 @@ fn policy_with_key_file(jwks: PathBuf) -> (Policy, Arc<Server>) {
         Issuer { keys: KeySource::File(jwks), ..testing::issuer("corp", "https://login.example.com") };
     let issuer = Arc::new(issuer);
     let server = Arc::new(testing::server(vec![Arc::clone(&issuer)]));
-    let policy = Policy { mode: Mode::Enforce, issuers: vec![issuer], servers: vec![Arc::clone(&server)] };
+    let policy = Policy {
+        mode: Mode::Enforce,
+        daemon_timeout: crate::policy::DEFAULT_DAEMON_TIMEOUT,
+        issuers: vec![issuer],
+        servers: vec![Arc::clone(&server)],
+    };
     (policy, server)
 }
 

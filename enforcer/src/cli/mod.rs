@@ -20,6 +20,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::daemon::watcher::{self, Watched};
 use crate::datapath::{PIN_NAME, PinDir};
 use crate::lifecycle::paths;
 use crate::revocation::store::{STATE_DIR, StateDir};
@@ -111,6 +112,17 @@ enum Command {
     Explain(explain::Command),
     Doctor(doctor::Command),
     Unload(unload::Command),
+    /// Ends what a daemon had in its hands when it died; started by `run`
+    #[command(hide = true)]
+    Watch(WatchCommand),
+}
+
+#[derive(Debug, Args)]
+struct WatchCommand {
+    #[arg(long)]
+    daemon_pid: u32,
+    #[arg(long)]
+    daemon_started_ns: u64,
 }
 
 /// What has happened to requests and connections since the enforcement was loaded
@@ -169,6 +181,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Explain(command) => explain::run(&command, &global),
         Command::Doctor(command) => doctor::run(command, &global),
         Command::Unload(command) => unload::run(&command, &global),
+        Command::Watch(command) => {
+            tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+            let watched = Watched { pid: command.daemon_pid, started_ns: command.daemon_started_ns };
+            watcher::watch(&global.pins(), watched)?;
+            Ok(OK)
+        }
     }
 }
 

@@ -49,7 +49,7 @@ pub(super) fn adopt(
     let now = super::now();
     let config = Config {
         heartbeat_ns: now.boot_ns,
-        heartbeat_limit_ns: super::HEARTBEAT_LIMIT.as_nanos() as u64,
+        heartbeat_limit_ns: policy.daemon_timeout.as_nanos() as u64,
         daemon_started_ns: started_ns,
         daemon_pid: std::process::id(),
         // It was being unloaded, by a process that did not get to the end.

@@ -6,6 +6,7 @@ mod lookout;
 mod revocations;
 pub mod selftest;
 mod setup;
+pub mod watcher;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use aya::maps::{MapData, RingBuf};
-use enforcer_common::abi::PuntHeader;
+use enforcer_common::abi::{PUNT_SMALL_BYTES, PUNTS_BYTES, PuntHeader};
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -32,11 +33,10 @@ use kernel::Kernel;
 use lookout::{Lookout, Seen};
 use revocations::State;
 use setup::Up;
+use watcher::Watcher;
 
 /// How often the daemon shows the kernel that it lives.
 const HEARTBEAT: Duration = Duration::from_millis(500);
-/// How old the last sign of life may be for unknown heads to be parked; after it the kernel answers 503.
-pub const HEARTBEAT_LIMIT: Duration = Duration::from_secs(5);
 /// How long the start waits for the issuers' keys.
 const KEYS_TIMEOUT: Duration = Duration::from_secs(10);
 /// When a new daemon ends what an earlier one had begun: once no program can be about to hand over what it began before.
@@ -96,6 +96,9 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
         object_hash: datapath::object_hash(),
     };
     start::settle(&pins)?;
+    // Before anything can wait for us. What fails from here on ends like a crash.
+    let watcher =
+        Watcher::start(&options.bpffs, &options.pin_name, started_ns).context("cannot start the watcher")?;
     let mut start = start::plan(Living::look(&pins).as_ref(), &ours)?;
     if let Start::Adopt { replace_programs } = &mut start {
         *replace_programs |= options.replace_programs;
@@ -111,7 +114,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let plan = Plan { start, ours, started_ns, cgroup, pins };
-    let result = runtime.block_on(enforce(options, &Arc::new(policy), &plan));
+    let result = runtime.block_on(enforce(options, &Arc::new(policy), &plan, watcher));
     drop(lock);
     result
 }
@@ -153,12 +156,17 @@ impl Plan {
     }
 }
 
-async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan) -> anyhow::Result<()> {
+async fn enforce(
+    options: &RunOptions,
+    policy: &Arc<policy::Policy>,
+    plan: &Plan,
+    mut watcher: Watcher,
+) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let keys = KeyManager::start(Arc::clone(policy));
     // Guarded first, then keys: what comes meanwhile waits.
-    let Up { mut engine, mut kernel, ring, mut orphans } = plan.bring_up(policy, &options.state)?;
+    let Up { mut engine, mut kernel, mut ring, mut orphans } = plan.bring_up(policy, &options.state)?;
     // Before anybody is told that the servers are guarded, and before keys come.
     let (seen, mut seen_later) = mpsc::unbounded_channel();
     let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;
@@ -167,6 +175,10 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
     wait_for_keys(&keys, &mut kernel).await?;
     // Bringing up may have taken longer than a heartbeat may be old.
     kernel.heartbeat(now().boot_ns)?;
+    let (answers, mut refreshed) = mpsc::channel(1024);
+    // What waited for a daemon is decided before anybody is told that there is one.
+    read_all(&mut ring, &mut engine, &mut kernel, &keys);
+    ask_for_keys(&mut engine, &keys, &answers);
     let listeners = policy.servers.iter().map(|server| server.listen.len()).sum::<usize>();
     info!(
         servers = policy.servers.len(),
@@ -190,7 +202,8 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
     let mut unloading = None;
     // SAFETY: the ring buffer keeps its descriptor, and is not replaced while it is registered.
     let mut ring = unsafe { AsyncFd::register(ring) }?;
-    let (answers, mut refreshed) = mpsc::channel(1024);
+    let orphans_due = tokio::time::sleep(ORPHANS_AFTER.saturating_sub(since.elapsed()));
+    tokio::pin!(orphans_due);
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     loop {
         tokio::select! {
@@ -198,10 +211,14 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
             reason = &mut drain, if unloading.is_none() => {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
                 if options.keep {
-                    info!(reason, "stopping; the enforcement stays in the kernel, unknown requests get 503");
+                    info!(
+                        reason,
+                        "stopping; the enforcement stays in the kernel and guards: known requests go on, others wait for the next \
+                         daemon, or get 503 when the policy's daemon_timeout is over"
+                    );
                     return Ok(());
                 }
-                info!(reason, "stopping; new connections are not guarded any more, guarded ones may finish");
+                warn!(reason, "stopping without --keep: new connections are NOT guarded any more, guarded ones may finish");
                 kernel.drain();
                 let (pins, drain_timeout) = (plan.pins.clone(), options.drain_timeout);
                 unloading = Some(tokio::task::spawn_blocking(move || {
@@ -219,17 +236,17 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
                 ),
                 Seen::Detached => {}
             },
+            () = &mut orphans_due, if !orphans.is_empty() => {
+                // Those whose first bytes are in the ring buffer still are no orphans.
+                read_all(ring.get_mut(), &mut engine, &mut kernel, &keys);
+                ask_for_keys(&mut engine, &keys, &answers);
+                engine.end_orphans(&std::mem::take(&mut orphans), &mut kernel);
+            }
             _ = heartbeat.tick() => {
                 if let Err(error) = kernel.heartbeat(now().boot_ns) {
                     error!(%error, "cannot write the heartbeat; the kernel will refuse unknown requests");
                 }
-                if !orphans.is_empty() && since.elapsed() >= ORPHANS_AFTER {
-                    // Those whose first bytes are in the ring buffer still are no orphans.
-                    while read(ring.get_mut(), &mut engine, &mut kernel, &keys) {}
-                    ask_for_keys(&mut engine, &keys, &answers);
-                    info!(flows = orphans.len(), "ending what the earlier daemon had begun");
-                    engine.end_orphans(&std::mem::take(&mut orphans), &mut kernel);
-                }
+                watcher.keep_alive();
                 engine.tick(now(), &mut kernel);
                 kernel.destroy_due(now().boot_ns);
             }
@@ -238,8 +255,9 @@ async fn enforce(options: &RunOptions, policy: &Arc<policy::Policy>, plan: &Plan
                 info!(
                     drained = report.flows_drained,
                     destroyed = report.flows_destroyed,
-                    "enforcement removed"
+                    "enforcement removed; the servers are NOT guarded any more"
                 );
+                watcher.dismiss();
                 return Ok(());
             }
             // Last: a busy ring must not keep the heartbeat from being written.
@@ -308,6 +326,16 @@ fn read(
     }
     engine.end_batch(kernel);
     more
+}
+
+/// Reads on until the ring buffer was empty once; a busy one is left after so many records as it can hold.
+fn read_all(ring: &mut RingBuf<MapData>, engine: &mut Engine, kernel: &mut Kernel, keys: &KeyManagerHandle) {
+    let most = PUNTS_BYTES as usize / PUNT_SMALL_BYTES / BATCH + 1;
+    for _ in 0..most {
+        if !read(ring, engine, kernel, keys) {
+            break;
+        }
+    }
 }
 
 /// Header and bytes of a record.

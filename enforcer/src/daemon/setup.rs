@@ -89,7 +89,7 @@ pub(super) fn load(
         },
         generation,
         heartbeat_ns: now_ns,
-        heartbeat_limit_ns: super::HEARTBEAT_LIMIT.as_nanos() as u64,
+        heartbeat_limit_ns: policy.daemon_timeout.as_nanos() as u64,
         loaded_ns: now_ns,
         daemon_started_ns: started_ns,
         daemon_pid: std::process::id(),

@@ -9,7 +9,7 @@ use aya::programs::{
     CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, SkSkb, SockOps,
     links::{FdLink, PinnedLink},
 };
-use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use enforcer_common::abi::map;
 
 use super::{EBPF_OBJECT, GATE_PIN, LINK_PIN, OffsetError, PinDir, TcpOffsets, sys};
@@ -156,6 +156,8 @@ pub fn replace(pins: &PinDir) -> Result<(), LoadError> {
 fn load_programs(pins: &PinDir) -> Result<Ebpf, LoadError> {
     let offsets = TcpOffsets::of_running_kernel()?;
     let mut loader = EbpfLoader::new();
+    // A refusal's reason without the verifier's whole way to it, which takes many attempts and half a minute to get.
+    loader.verifier_log_level(VerifierLogLevel::STATS);
     loader
         .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
         .override_global("TCP_SND_UNA_OFFSET", &offsets.snd_una, true)

@@ -133,6 +133,7 @@ fn authority(name: &str) -> (String, TlsAcceptor) {
 
 fn start(issuer: Issuer) -> KeyManagerHandle {
     KeyManager::start(Arc::new(Policy {
+        daemon_timeout: crate::policy::DEFAULT_DAEMON_TIMEOUT,
         mode: Mode::Enforce,
         issuers: vec![Arc::new(issuer)],
         servers: Vec::new(),

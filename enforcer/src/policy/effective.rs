@@ -28,7 +28,7 @@ pub fn effective(policy: &Policy) -> String {
         describe_server(&mut out, policy, id, server);
     }
     out.line("");
-    describe_rest(&mut out, policy.mode);
+    describe_rest(&mut out, policy);
     out.0
 }
 
@@ -209,14 +209,21 @@ fn describe_metadata(out: &mut Text, policy: &Policy, server: &Server) {
     );
 }
 
-fn describe_rest(out: &mut Text, mode: Mode) {
+fn describe_rest(out: &mut Text, policy: &Policy) {
     out.line("everything else on these endpoints");
     out.item(
         "not HTTP/1.1",
         ["HTTP/2, upgrades, unknown transfer encodings, malformed or oversized heads: refused"],
     );
     out.item("errors", ["a limit reached or a failure inside the enforcer never lets a request pass"]);
-    if mode == Mode::Observe {
+    out.item(
+        "no daemon",
+        [format!(
+            "{} without a sign of life: what the kernel does not know gets 503; what it knows goes on until its token's grant ends",
+            duration::format(policy.daemon_timeout)
+        )],
+    );
+    if policy.mode == Mode::Observe {
         out.item("observe", ["refusals above are only counted and logged, see the mode"]);
     }
     out.line("other endpoints of this host are not looked at");

@@ -13,6 +13,7 @@ pub fn effective_json(policy: &Policy) -> Value {
             Mode::Enforce => "enforce",
             Mode::Observe => "observe",
         },
+        "daemon_timeout_seconds": policy.daemon_timeout.as_secs(),
         "issuers": policy.issuers.iter().map(|i| issuer(i)).collect::<Vec<_>>(),
         "servers": policy.servers.iter().enumerate().map(|(id, s)| server(policy, id, s)).collect::<Vec<_>>(),
     })

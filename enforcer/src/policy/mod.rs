@@ -26,6 +26,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use effective::effective;
 pub use effective_json::effective_json;
@@ -41,6 +42,12 @@ use server::Placed;
 
 /// Largest accepted policy file, in bytes.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
+/// [`Policy::daemon_timeout`] where the file does not say.
+pub const DEFAULT_DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
+/// Shortest [`Policy::daemon_timeout`]: some of the daemon's signs of life, which it gives every half second, may be late.
+pub const MIN_DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest [`Policy::daemon_timeout`].
+pub const MAX_DAEMON_TIMEOUT: Duration = Duration::from_secs(300);
 /// Most servers in one policy.
 pub const MAX_SERVERS: usize = 1024;
 /// Most issuers in one policy.
@@ -135,13 +142,21 @@ fn compile_root(
         report.error(at, "version", Defect::Version { found });
         return None;
     }
-    let map = root.mapping(report, &["version", "mode", "issuers", "servers"])?;
+    let map = root.mapping(report, &["version", "mode", "daemon_timeout", "issuers", "servers"])?;
     let version = map.required(report, "version").and_then(|field| field.integer(report));
     let mode = compile_mode(report, &map);
+    let daemon_timeout = map.or_default("daemon_timeout", DEFAULT_DAEMON_TIMEOUT, |field| {
+        field.duration(report, MIN_DAEMON_TIMEOUT, MAX_DAEMON_TIMEOUT)
+    });
     let issuers = compile_issuers(report, &map, directory, file_exists);
     let servers = compile_servers(report, &map, &issuers);
     version?;
-    Some(Policy { mode: mode?, issuers: issuers.in_order?, servers: servers? })
+    Some(Policy {
+        mode: mode?,
+        daemon_timeout: daemon_timeout?,
+        issuers: issuers.in_order?,
+        servers: servers?,
+    })
 }
 
 /// The `version` if it is a number other than 1.

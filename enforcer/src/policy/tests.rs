@@ -266,6 +266,7 @@ fn the_example_compiles_and_its_effective_policy_says_all() {
     }
     let json = effective_json(&policy);
     assert_eq!(json["mode"], "enforce");
+    assert_eq!(json["daemon_timeout_seconds"], 5);
     assert_eq!(json["issuers"][1]["leeway_seconds"], 10);
     assert_eq!(json["servers"][1]["shares_endpoint_with"][0], "deploy");
     assert_eq!(json["servers"][2]["metadata"]["serve"], false);
@@ -337,5 +338,23 @@ proptest! {
     #[test]
     fn no_text_at_all_panics(text in "\\PC{0,60}") {
         prop_assert!(parse("policy.yaml", &text).is_err());
+    }
+}
+
+#[test]
+fn the_daemon_timeout_is_bounded_and_part_of_the_hash() {
+    let with = |line: &str| {
+        parse("p.yaml", &EXAMPLE.replace("mode: enforce\n", &format!("mode: enforce\n{line}\n")))
+    };
+    let default = with("").unwrap().0;
+    assert_eq!(default.daemon_timeout, DEFAULT_DAEMON_TIMEOUT);
+    let longer = with("daemon_timeout: 30s").unwrap().0;
+    assert_eq!(longer.daemon_timeout, Duration::from_secs(30));
+    assert_eq!(hash(&default), hash(&with("daemon_timeout: 5s").unwrap().0));
+    assert_ne!(hash(&default), hash(&longer));
+    assert!(effective(&longer).contains("30s without a sign of life"));
+    for bad in ["1s", "301s", "6", "0s"] {
+        let error = with(&format!("daemon_timeout: {bad}")).unwrap_err();
+        assert!(error.to_string().contains("daemon_timeout"), "{error}");
     }
 }

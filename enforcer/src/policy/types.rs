@@ -19,6 +19,9 @@ pub enum Mode {
 pub struct Policy {
     /// What happens to refused requests.
     pub mode: Mode,
+    /// How old the daemon's last sign of life may be for requests that the kernel does not know to wait for it; after that they get
+    /// 503. From [`super::MIN_DAEMON_TIMEOUT`] to [`super::MAX_DAEMON_TIMEOUT`].
+    pub daemon_timeout: Duration,
     /// Token issuers, in file order.
     pub issuers: Vec<Arc<Issuer>>,
     /// Protected servers, in file order. The position is the server's id in the kernel maps.

@@ -35,6 +35,7 @@ pub struct GuardedBuilder {
     server_fields: Vec<(String, Value)>,
     issuer_fields: Vec<(String, Value)>,
     observing: bool,
+    daemon_timeout: Option<String>,
     config: Config,
     drain_timeout_secs: u64,
     options: Vec<String>,
@@ -65,6 +66,7 @@ impl Guarded {
             server_fields: Vec::new(),
             issuer_fields: Vec::new(),
             observing: false,
+            daemon_timeout: None,
             config: Config::default(),
             drain_timeout_secs: 1,
             options: Vec::new(),
@@ -185,6 +187,13 @@ impl GuardedBuilder {
         self
     }
 
+    /// The policy's `daemon_timeout`.
+    #[must_use]
+    pub fn daemon_timeout(mut self, timeout: &str) -> Self {
+        self.daemon_timeout = Some(timeout.to_owned());
+        self
+    }
+
     /// How the server serves.
     #[must_use]
     pub fn recorder(mut self, config: Config) -> Self {
@@ -234,6 +243,10 @@ impl GuardedBuilder {
         }
         let policy = PolicySpec::new(vec![corp], vec![server]);
         let policy = if self.observing { policy.observing() } else { policy };
+        let policy = match &self.daemon_timeout {
+            Some(timeout) => policy.daemon_timeout(timeout),
+            None => policy,
+        };
         let drain_timeout = self.drain_timeout_secs.to_string();
         let mut options = vec!["--drain-timeout", &drain_timeout];
         options.extend(self.options.iter().map(String::as_str));

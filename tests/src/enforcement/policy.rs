@@ -13,6 +13,7 @@ use crate::issuer::Issuer;
 #[derive(Debug, Clone)]
 pub struct PolicySpec {
     mode: &'static str,
+    daemon_timeout: Option<String>,
     issuers: Vec<IssuerSpec>,
     servers: Vec<ServerSpec>,
 }
@@ -21,7 +22,7 @@ impl PolicySpec {
     /// An enforcing policy.
     #[must_use]
     pub fn new(issuers: Vec<IssuerSpec>, servers: Vec<ServerSpec>) -> Self {
-        Self { mode: "enforce", issuers, servers }
+        Self { mode: "enforce", daemon_timeout: None, issuers, servers }
     }
 
     /// Lets everything pass, and counts what would have been refused.
@@ -31,15 +32,26 @@ impl PolicySpec {
         self
     }
 
+    /// Sets `daemon_timeout`, a duration as policies write it.
+    #[must_use]
+    pub fn daemon_timeout(mut self, timeout: &str) -> Self {
+        self.daemon_timeout = Some(timeout.to_owned());
+        self
+    }
+
     /// The document.
     #[must_use]
     pub fn document(&self) -> Value {
-        json!({
+        let mut document = json!({
             "version": 1,
             "mode": self.mode,
             "issuers": self.issuers.iter().map(|issuer| &issuer.fields).collect::<Vec<_>>(),
             "servers": self.servers.iter().map(|server| &server.fields).collect::<Vec<_>>(),
-        })
+        });
+        if let Some(timeout) = &self.daemon_timeout {
+            document["daemon_timeout"] = json!(timeout);
+        }
+        document
     }
 
     /// Writes `policy.yaml` and the key sets `NAME.jwks` into `directory`.
