@@ -11,6 +11,7 @@ mod show;
 mod summary;
 mod test;
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::ffi::OsString;
@@ -64,10 +65,18 @@ enum Task {
     ///
     /// The end-to-end tests load eBPF programs into the kernel and make cgroups and network namespaces of their own, so
     /// they need root. The last line is `N passed, N failed, N skipped`; every skip is listed with its reason.
-    #[command(after_help = "Examples:\n  cargo xtask test                 everything\n  \
-                            cargo xtask test --quick         fewer rounds, smaller bodies\n  \
-                            cargo xtask test pipelining      only tests with this in their name, no checks")]
+    #[command(
+        args_conflicts_with_subcommands = true,
+        subcommand_precedence_over_arg = true,
+        disable_help_subcommand = true,
+        after_help = "Examples:\n  cargo xtask test                 everything\n  \
+                      cargo xtask test --quick         fewer rounds, smaller bodies\n  \
+                      cargo xtask test pipelining      only tests with this in their name, no checks\n  \
+                      cargo xtask test vm              end-to-end tests in other kernels, under qemu"
+    )]
     Test {
+        #[command(subcommand)]
+        elsewhere: Option<Elsewhere>,
         /// Fewer rounds and smaller bodies.
         #[arg(long)]
         quick: bool,
@@ -122,6 +131,28 @@ enum Task {
     },
 }
 
+#[derive(Subcommand)]
+enum Elsewhere {
+    /// Run end-to-end tests in Debian's kernels, emulated by qemu: the newest of 6.1, 6.12, 6.18 and 7, and one that is
+    /// known to stall connections, where the daemon must refuse.
+    ///
+    /// Downloads are kept in target/vm. Installs qemu-system-x86 when it is missing and root runs this; nothing else.
+    Vm {
+        /// Only this series; may be given more than once.
+        #[arg(long = "kernel", value_name = "SERIES", value_parser = clap::builder::PossibleValuesParser::new(vm::names()))]
+        kernels: Vec<String>,
+        /// Also write the results to this file, as docs/kernels.md has them.
+        #[arg(long, value_name = "FILE", conflicts_with = "kernels")]
+        markdown: Option<PathBuf>,
+        /// Wall-clock limit of each guest, in seconds; a guest over it is ended.
+        #[arg(long, value_name = "SECONDS", default_value_t = 900, value_parser = clap::value_parser!(u64).range(1..))]
+        guest_limit_s: u64,
+        /// Ask no archive: take what was downloaded before.
+        #[arg(long)]
+        offline: bool,
+    },
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli.task) {
@@ -143,7 +174,13 @@ fn run(task: Task) -> Result<()> {
             build::host(&workspace, release)
         }
         Task::Check => check::check(&workspace, &setup::ensure(&workspace)?),
-        Task::Test { quick, release, unprivileged, soak_minutes, kills, step_limit_s, filters } => {
+        Task::Test {
+            elsewhere: Some(Elsewhere::Vm { kernels, markdown, guest_limit_s, offline }), ..
+        } => {
+            let guest_limit = Duration::from_secs(guest_limit_s);
+            vm::test(&workspace, &vm::Options { kernels, markdown, guest_limit, offline })
+        }
+        Task::Test { elsewhere: None, quick, release, unprivileged, soak_minutes, kills, step_limit_s, filters } => {
             let step_limit = Duration::from_secs(step_limit_s);
             let soak = soak_minutes.map(|minutes| Duration::from_secs(60 * minutes));
             let options = test::Options { quick, release, unprivileged, soak, kills, step_limit, filters };
@@ -173,6 +210,19 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn vm_is_a_mode_and_other_words_are_filters() {
+        let cli = Cli::parse_from(["xtask", "test", "vm", "--kernel", "6.12", "--guest-limit-s", "5"]);
+        let Task::Test { elsewhere: Some(Elsewhere::Vm { kernels, guest_limit_s, .. }), .. } = cli.task
+        else {
+            panic!("not vm")
+        };
+        assert_eq!((kernels, guest_limit_s), (vec!["6.12".to_owned()], 5));
+        let cli = Cli::parse_from(["xtask", "test", "--quick", "pipelining", "vm_like"]);
+        let Task::Test { elsewhere: None, quick: true, filters, .. } = cli.task else { panic!("not a test") };
+        assert_eq!(filters, ["pipelining", "vm_like"]);
     }
 
     #[test]
