@@ -11,5 +11,6 @@ pub mod http;
 pub mod keys;
 pub mod lifecycle;
 pub mod policy;
+pub mod privileges;
 pub mod revocation;
 pub mod token;

@@ -23,11 +23,12 @@ use tracing::{error, info, warn};
 
 use crate::core::{Datapath, Engine, KeyRequest, MEMORY_MAX_BYTES, Now};
 use crate::datapath::{self, Living, PinDir, map_memory};
-use crate::keys::{BootInstant, KeyManager, KeyManagerHandle};
+use crate::keys::{self, BootInstant, KeyManager, KeyManagerHandle};
 use crate::lifecycle::lock::DaemonLock;
 use crate::lifecycle::start::{self, Ours, Start};
 use crate::lifecycle::{UnloadOptions, clock, paths, unload};
 use crate::policy;
+use crate::privileges;
 use crate::revocation::store::StateDir;
 use kernel::Kernel;
 use lookout::{Lookout, Seen};
@@ -82,6 +83,8 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
         warn!("{warning}");
     }
     clock::check()?;
+    // Before the lock, which a process that outlives us for an instant must not hold, and before any secret.
+    keys::fetcher::start()?;
     let mut lock = DaemonLock::acquire(&options.pin_name)?;
     lock.record_policy(&std::path::absolute(&options.policy)?)?;
     if paths::ensure_bpffs(&options.bpffs)? == paths::Bpffs::Mounted {
@@ -112,6 +115,8 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
             .context("this kernel does not carry the datapath; not enforcing")?;
         info!(%report, "datapath self-test passed");
     }
+    // Every thread has those of the one that starts it.
+    privileges::drop_capabilities()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let plan = Plan { start, ours, started_ns, cgroup, pins };
     let result = runtime.block_on(enforce(options, &Arc::new(policy), &plan, watcher));
@@ -171,6 +176,8 @@ async fn enforce(
     let (seen, mut seen_later) = mpsc::unbounded_channel();
     let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;
     count_closed(&mut kernel, closed);
+    // Programs are loaded and attached: from here on it is maps and sockets.
+    privileges::restrict_daemon()?;
     let since = Instant::now();
     wait_for_keys(&keys, &mut kernel).await?;
     // Bringing up may have taken longer than a heartbeat may be old.

@@ -5,9 +5,11 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use url::Url;
 
+use super::fetcher;
 use super::transport::{Transport, display_url};
 use super::{KeySet, KeySetError};
 use crate::policy::{Issuer, KeySource};
@@ -16,7 +18,7 @@ use crate::token::{Quoted, json};
 /// Largest key set or metadata document, in bytes.
 pub(super) const MAX_DOCUMENT_BYTES: u64 = 1024 * 1024;
 /// Bound for one attempt in all, with every request of a discovery.
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(12);
+pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(12);
 
 /// What a successful fetch brought.
 #[derive(Debug)]
@@ -79,6 +81,9 @@ pub enum FetchError {
     /// The attempt took too long in all.
     #[error("no key set after {} s", ATTEMPT_TIMEOUT.as_secs())]
     Timeout,
+    /// The process that fetches says why it could not.
+    #[error("{text}")]
+    Remote { text: String },
     /// The fetching task died.
     #[error("the fetch ended early: {defect}")]
     Task { defect: String },
@@ -108,29 +113,72 @@ pub(super) async fn fetch(
                     .await
                     .map_err(|error| FetchError::Task { defect: error.to_string() })?
             }
-            KeySource::Url(url) => {
-                let transport = Transport::new(issuer).await?;
-                Ok((Fetched::Keys(fetch_key_set(&transport, url).await?), None))
-            }
-            KeySource::Discovery => {
-                let transport = Transport::new(issuer).await?;
-                let url = discover(&transport, issuer).await?;
-                Ok((Fetched::Keys(fetch_key_set(&transport, &url).await?), None))
+            KeySource::Url(_) | KeySource::Discovery => {
+                let remote = Remote::of(issuer)?;
+                let (origin, document) = match fetcher::fetch(&remote).await {
+                    Some(fetched) => fetched?,
+                    None => fetch_document(&remote).await?,
+                };
+                let keys =
+                    KeySet::parse(&document).map_err(|source| FetchError::KeySet { origin, source })?;
+                Ok((Fetched::Keys(keys), None))
             }
         }
     };
     tokio::time::timeout(ATTEMPT_TIMEOUT, attempt).await.unwrap_or(Err(FetchError::Timeout))
 }
 
-async fn fetch_key_set(transport: &Transport, url: &Url) -> Result<KeySet, FetchError> {
-    let document = transport.get(url).await?;
-    KeySet::parse(&document).map_err(|source| FetchError::KeySet { origin: display_url(url), source })
+/// What a fetch over the network needs to know. No secret, and nothing that only root can read.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Remote {
+    /// The issuer's identifier.
+    pub(super) issuer: String,
+    /// Where its key set is; `None`: ask its metadata.
+    pub(super) key_set_url: Option<String>,
+    /// Plain http to loopback is fine.
+    pub(super) allow_http_loopback: bool,
+    /// Name and text of the file with its certificate authorities; `None`: the system's.
+    pub(super) ca: Option<(String, String)>,
+}
+
+impl Remote {
+    fn of(issuer: &Issuer) -> Result<Self, FetchError> {
+        let ca = issuer.ca_file.as_ref().map(|path| {
+            let shown = path.display().to_string();
+            match std::fs::read_to_string(path) {
+                Ok(text) => Ok((shown, text)),
+                Err(error) => Err(FetchError::CaFile { path: shown, defect: error.to_string() }),
+            }
+        });
+        Ok(Self {
+            issuer: issuer.issuer.clone(),
+            key_set_url: match &issuer.keys {
+                KeySource::Url(url) => Some(url.to_string()),
+                KeySource::Discovery | KeySource::File(_) => None,
+            },
+            allow_http_loopback: issuer.allow_http_loopback,
+            ca: ca.transpose()?,
+        })
+    }
+}
+
+/// A key set that is not parsed yet, and where it is from.
+pub(super) async fn fetch_document(remote: &Remote) -> Result<(String, Vec<u8>), FetchError> {
+    let transport = Transport::new(remote).await?;
+    let url = match &remote.key_set_url {
+        Some(url) => Url::parse(url).map_err(|_| FetchError::Url {
+            url: Quoted::new(url).to_string(),
+            defect: "not an absolute URL",
+        })?,
+        None => discover(&transport, &remote.issuer).await?,
+    };
+    Ok((display_url(&url), transport.get(&url).await?))
 }
 
 /// The issuer's `jwks_uri`: RFC 8414 first, then OpenID Connect Discovery. A document for another issuer ends the search.
-async fn discover(transport: &Transport, issuer: &Issuer) -> Result<Url, FetchError> {
+async fn discover(transport: &Transport, issuer: &str) -> Result<Url, FetchError> {
     let mut tried = Vec::new();
-    for url in metadata_urls(&issuer.issuer)? {
+    for url in metadata_urls(issuer)? {
         let document = match transport.get(&url).await {
             Ok(document) => document,
             Err(error) => {
@@ -143,12 +191,12 @@ async fn discover(transport: &Transport, issuer: &Issuer) -> Result<Url, FetchEr
             continue;
         };
         match metadata.get("issuer").and_then(Value::as_str) {
-            Some(found) if found == issuer.issuer => {}
+            Some(found) if found == issuer => {}
             found => {
                 return Err(FetchError::IssuerMismatch {
                     url: display_url(&url),
                     found: Quoted::new(found.unwrap_or("")),
-                    expected: Quoted::new(&issuer.issuer),
+                    expected: Quoted::new(issuer),
                 });
             }
         }

@@ -5,6 +5,7 @@
 
 mod clock;
 mod fetch;
+pub mod fetcher;
 mod jwk;
 mod manager;
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! The HTTP client for key sets and metadata.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,8 +9,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use url::{Host, Url};
 
-use super::fetch::{FetchError, MAX_DOCUMENT_BYTES};
-use crate::policy::Issuer;
+use super::fetch::{FetchError, MAX_DOCUMENT_BYTES, Remote};
 
 /// Bound for connecting, and for a whole request with its body.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,9 +24,9 @@ pub(super) struct Transport {
 }
 
 impl Transport {
-    pub(super) async fn new(issuer: &Issuer) -> Result<Self, FetchError> {
-        let ca_file = issuer.ca_file.clone();
-        let tls = tokio::task::spawn_blocking(move || tls_config(ca_file.as_ref()))
+    pub(super) async fn new(remote: &Remote) -> Result<Self, FetchError> {
+        let ca = remote.ca.clone();
+        let tls = tokio::task::spawn_blocking(move || tls_config(ca.as_ref()))
             .await
             .map_err(|error| FetchError::Task { defect: error.to_string() })??;
         let client = reqwest::Client::builder()
@@ -46,7 +44,7 @@ impl Transport {
             )
             .build()
             .map_err(|error| FetchError::Client { defect: chain(&error) })?;
-        Ok(Self { client, allow_http_loopback: issuer.allow_http_loopback })
+        Ok(Self { client, allow_http_loopback: remote.allow_http_loopback })
     }
 
     /// The body of a 200 answer, of bounded size.
@@ -100,9 +98,9 @@ pub(super) fn display_url(url: &Url) -> String {
     shown.into()
 }
 
-fn tls_config(ca_file: Option<&PathBuf>) -> Result<ClientConfig, FetchError> {
-    let roots = match ca_file {
-        Some(path) => roots_of_file(path)?,
+fn tls_config(ca: Option<&(String, String)>) -> Result<ClientConfig, FetchError> {
+    let roots = match ca {
+        Some((path, text)) => roots_of_file(path, text)?,
         None => system_roots()?,
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -112,10 +110,10 @@ fn tls_config(ca_file: Option<&PathBuf>) -> Result<ClientConfig, FetchError> {
     Ok(config.with_root_certificates(roots).with_no_client_auth())
 }
 
-fn roots_of_file(path: &Path) -> Result<RootCertStore, FetchError> {
-    let failed = |defect: String| FetchError::CaFile { path: path.display().to_string(), defect };
+fn roots_of_file(path: &str, text: &str) -> Result<RootCertStore, FetchError> {
+    let failed = |defect: String| FetchError::CaFile { path: path.to_owned(), defect };
     let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(path).map_err(|error| failed(error.to_string()))? {
+    for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
         let certificate = certificate.map_err(|error| failed(error.to_string()))?;
         roots.add(certificate).map_err(|error| failed(error.to_string()))?;
     }
