@@ -4,6 +4,7 @@
 
 pub mod authz;
 pub mod cli;
+pub mod control;
 pub mod core;
 pub mod daemon;
 pub mod datapath;

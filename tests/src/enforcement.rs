@@ -331,7 +331,7 @@ impl Drop for Enforcement {
     }
 }
 
-/// Removes pins and lock file of an enforcement whose daemon has ended. Without pins the kernel frees the programs.
+/// Removes pins, lock file and control socket of an enforcement whose daemon has ended. Without pins the kernel frees the programs.
 pub fn remove_traces(pin_name: &str) {
     let pins = entries(Path::new(BPFFS)).into_iter().filter(|path| belongs_to(path, pin_name));
     for path in pins {
@@ -341,7 +341,9 @@ pub fn remove_traces(pin_name: &str) {
     }
     // By design the daemon leaves its lock file and its state; a test does not.
     drop(fs::remove_dir_all(Path::new(STATE_DIR).join(pin_name)));
-    drop(fs::remove_file(Path::new(RUN_DIR).join(format!("{pin_name}.lock"))));
+    for kind in ["lock", "sock"] {
+        drop(fs::remove_file(Path::new(RUN_DIR).join(format!("{pin_name}.{kind}"))));
+    }
 }
 
 fn belongs_to(path: &Path, pin_name: &str) -> bool {

@@ -9,7 +9,7 @@ pub const FLOW_LAYOUTS: usize = 4;
 /// Grants that a flow remembers one by one: several tokens on one connection are rare.
 pub const FLOW_GRANTS: usize = 4;
 
-/// The flow was tagged in observe mode: nothing on it is refused.
+/// Nothing on the flow is refused: the policy's mode when it was tagged, and at each head since.
 pub const FLOW_OBSERVE: u32 = 1;
 /// The flow was punted at least once: the daemon may hold state for it.
 pub const FLOW_PUNTED_ONCE: u32 = 2;

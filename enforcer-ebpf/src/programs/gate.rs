@@ -70,10 +70,13 @@ fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter>
     const PUNTED: u64 = State::Punted as u64;
     const BODY: u64 = State::Body as u64;
     const CHUNKED: u64 = State::Chunked as u64;
-    if flow.flags & FLOW_OBSERVE != 0 {
-        return None;
-    }
+    const OPAQUE: u64 = State::Opaque as u64;
     let state = Ctl(flow.ctl).state();
+    if flow.flags & FLOW_OBSERVE != 0 {
+        // A flow that nobody can follow must not outlive the policy that only observes.
+        let over = state == OPAQUE && config().is_none_or(|config| config.mode != MODE_OBSERVE);
+        return if over { Some(Counter::GateDead) } else { None };
+    }
     if state == DEAD {
         return Some(Counter::GateDead);
     }

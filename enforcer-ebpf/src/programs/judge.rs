@@ -4,8 +4,8 @@ use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
-    Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, FLOW_PUNTED_ONCE, Flow, PUNT_DEAD, PUNT_UNANSWERED,
-    REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
+    Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, FLOW_PUNTED_ONCE, Flow, MODE_ENFORCE, MODE_OBSERVE,
+    PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
 };
 use enforcer_common::chunked::{ChunkStep, Chunked};
 use enforcer_common::flow::{Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next};
@@ -17,6 +17,8 @@ use super::recognise::{self, Head};
 use super::use_grant;
 use crate::kernel::{CtlCell, Skb, config, count, now_ns, repeat};
 use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
+
+const _: () = assert!(MODE_OBSERVE >> 1 == FLOW_OBSERVE && MODE_ENFORCE >> 1 == 0);
 
 /// The most steps of the chunk decoder over one skb: one for each of its bytes, however small the chunks.
 const CHUNK_STEPS: u32 = 1 << 19;
@@ -127,6 +129,9 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     flow.requests += 1;
     flow.last_request_ns = now_ns;
     let Some(config) = config() else { return Outcome::Dead(Counter::DeadHelper) };
+    // Between two requests a flow takes on the mode of the policy in force. Without a branch, which the verifier would follow through
+    // all that comes after it.
+    flow.flags = flow.flags & !FLOW_OBSERVE | config.mode >> 1 & FLOW_OBSERVE;
     let (info, verdict) = match recognise::head(input.skb, flow) {
         Head::Read(info, Some(verdict)) => (info, verdict),
         Head::Read(info, None) => {

@@ -4,6 +4,7 @@ use std::io::{Error, ErrorKind};
 
 use aya::maps::MapError;
 
+use crate::control::ControlError;
 use crate::datapath::LiveError;
 use crate::lifecycle::UnloadError;
 use crate::lifecycle::lock::LockError;
@@ -14,7 +15,7 @@ pub const OK: u8 = 0;
 pub const FAILURE: u8 = 1;
 /// The command line is wrong.
 pub const USAGE: u8 = 2;
-/// There is no enforcement to look at.
+/// There is no enforcement to look at, or no daemon to ask.
 pub const NOT_LOADED: u8 = 3;
 /// The command worked and its answer is no: the policy has defects, the token would be refused, a doctor's check failed.
 pub const REJECTED: u8 = 4;
@@ -29,9 +30,9 @@ Exit codes:
   0  done
   1  failed; the message on stderr says why
   2  the command line is wrong
-  3  no enforcement is loaded
-  4  the answer is no: defects in the policy (check), the token would be refused
-     (explain), this machine can't enforce (doctor)
+  3  no enforcement is loaded, or no daemon runs (reload, diff)
+  4  the answer is no: defects in the policy (check, reload, diff), the token would
+     be refused (explain), this machine can't enforce (doctor)
   5  not permitted; most commands need root
   6  in the way: a daemon is running, or connections are still guarded";
 
@@ -58,6 +59,9 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
             return failed.code;
         }
         if let Some(LiveError::NotLoaded(_)) = cause.downcast_ref() {
+            return NOT_LOADED;
+        }
+        if let Some(ControlError::NoDaemon { .. }) = cause.downcast_ref() {
             return NOT_LOADED;
         }
         if let Some(LockError::Held { .. }) = cause.downcast_ref() {

@@ -9,6 +9,7 @@ mod explain;
 pub(crate) mod format;
 mod live;
 mod output;
+mod reload;
 mod revoke;
 pub mod run;
 mod unload;
@@ -36,6 +37,8 @@ Examples:
   enforcer check policy.yaml                    what would be checked?
   enforcer run --policy policy.yaml             guard the servers
   enforcer status                               is it enforcing?
+  enforcer diff new.yaml                        what would another policy change?
+  enforcer reload                               read the policy again
   enforcer flows --output json                  live connections, for programs
   enforcer explain --server files < token       would this token pass, and why not?
   enforcer revoke --issuer corp --subject alice end what alice's tokens opened, refuse them
@@ -110,6 +113,8 @@ enum Command {
     Revoke(revoke::Command),
     Unrevoke(revoke::UndoCommand),
     Explain(explain::Command),
+    Diff(reload::DiffCommand),
+    Reload(reload::ReloadCommand),
     Doctor(doctor::Command),
     Unload(unload::Command),
     /// Ends what a daemon had in its hands when it died; started by `run`
@@ -179,6 +184,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Revoke(command) => revoke::run(&command, &global),
         Command::Unrevoke(command) => revoke::undo(&command, &global),
         Command::Explain(command) => explain::run(&command, &global),
+        Command::Diff(command) => reload::diff(&command, &global),
+        Command::Reload(command) => reload::reload(&command, &global),
         Command::Doctor(command) => doctor::run(command, &global),
         Command::Unload(command) => unload::run(&command, &global),
         Command::Watch(command) => {

@@ -48,6 +48,7 @@ impl From<LogLevel> for tracing::Level {
 ///
 /// Loads the kernel programs, attaches them to a cgroup and stays in the foreground, to judge requests that the kernel does
 /// not know yet. Connections that were open before are closed, in every network namespace; in observe mode they are listed and left.
+/// A changed policy file takes effect at once if it has no defects; SIGHUP and `enforcer reload` have it read again too.
 /// SIGTERM or SIGINT ends it: new connections are no longer guarded, open ones get time to end, then everything is removed.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
@@ -78,6 +79,9 @@ pub(super) struct Command {
     /// How long open connections may go on after SIGTERM before they are reset
     #[arg(long, value_name = "SECS", default_value_t = super::DRAIN_TIMEOUT_SECS)]
     drain_timeout: u64,
+    /// Don't read the policy file again by itself when it changes; SIGHUP and `enforcer reload` still do
+    #[arg(long)]
+    no_watch: bool,
 }
 
 /// What `enforcer run` was asked to do.
@@ -100,6 +104,7 @@ impl Command {
                 keep: self.keep,
                 replace_programs: self.replace_programs,
                 drain_timeout: Duration::from_secs(self.drain_timeout),
+                watch: !self.no_watch,
             },
             log_format: self.log_format,
             log_level: self.log_level,

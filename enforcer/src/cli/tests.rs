@@ -76,6 +76,7 @@ fn run_takes_its_options_and_the_global_ones() {
             keep: true,
             replace_programs: false,
             drain_timeout: std::time::Duration::from_secs(3),
+            watch: true,
         },
         log_format: run::LogFormat::Json,
         log_level: run::LogLevel::Debug,

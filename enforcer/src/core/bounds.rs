@@ -3,6 +3,7 @@
 use enforcer_common::abi::{MAX_GRANTS, MAX_REPLIES, PUNTS_BYTES, REPLY_MAX_BYTES};
 
 use super::engine::{FLOW_BYTES, FLOWS_MAX, PARKED_TOTAL_MAX_BYTES};
+use super::remembered;
 
 /// A growing table or buffer is at most twice as large as what is in it.
 const SLACK: u64 = 2;
@@ -19,4 +20,5 @@ pub const MEMORY_MAX_BYTES: u64 = BASE_BYTES
     + SLACK * PARKED_TOTAL_MAX_BYTES as u64
     + SLACK * FLOWS_MAX as u64 * FLOW_BYTES
     + SLACK * MAX_GRANTS as u64 * GRANT_BYTES
+    + SLACK * remembered::ALL_MAX_BYTES as u64
     + SLACK * MAX_REPLIES as u64 * REPLY_MAX_BYTES as u64;

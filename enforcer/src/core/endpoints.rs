@@ -62,10 +62,10 @@ impl Endpoints {
         Self(numbers.endpoints().map(|(key, id)| (id, endpoint(key))).collect())
     }
 
-    /// A server on any of the endpoints.
+    /// The servers on all endpoints, by number.
     #[must_use]
-    pub fn server(&self, server_id: u32) -> Option<&Arc<Server>> {
-        let mut servers = self.0.values().flat_map(|endpoint| &endpoint.servers);
-        servers.find(|(id, _)| *id == server_id).map(|(_, server)| server)
+    pub fn servers(&self) -> BTreeMap<u32, Arc<Server>> {
+        let servers = self.0.values().flat_map(|endpoint| &endpoint.servers);
+        servers.map(|(id, server)| (*id, Arc::clone(server))).collect()
     }
 }

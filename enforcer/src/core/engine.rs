@@ -243,11 +243,11 @@ pub struct Secrets {
 /// The engine.
 #[cfg_attr(test, derive(Clone))]
 pub struct Engine {
-    endpoints: Endpoints,
-    generation: u64,
+    pub(super) endpoints: Endpoints,
+    pub(super) generation: u64,
     secrets: Secrets,
-    grants: GrantTable,
-    sweeper: Sweeper,
+    pub(super) grants: GrantTable,
+    pub(super) sweeper: Sweeper,
     revoked: Revoked,
     replies: ReplyTable,
     flows: HashMap<u64, Punted>,
@@ -496,12 +496,37 @@ impl Engine {
             }
             _ => datapath.destroy(cookie, netns_cookie, 0),
         }
+        self.close(cookie);
+    }
+
+    /// Destroys a connection that policy does not allow any more, whatever it is at.
+    pub(super) fn end_flow<D: Datapath>(&mut self, cookie: u64, netns_cookie: u64, datapath: &mut D) {
+        datapath.destroy(cookie, netns_cookie, 0);
+        if let Some(flow) = self.flows.get_mut(&cookie) {
+            // Also of one that was only observed nothing more may pass.
+            flow.observed = false;
+            self.close(cookie);
+        }
+    }
+
+    /// Nothing more goes anywhere on this flow.
+    fn close(&mut self, cookie: u64) {
         if let Some(flow) = self.flows.get_mut(&cookie) {
             self.parked_bytes -= flow.parked.len();
             self.timeouts.remove(&(flow.since_ns + HEAD_TIMEOUT_NS, cookie));
             flow.parked = Vec::new();
             flow.stage = Stage::Closing;
         }
+    }
+
+    /// Flows with an allowed request in our hands, by its grant: cookie and network namespace.
+    pub(super) fn flows_with_grant(&self, which: impl Fn(u64) -> bool) -> impl Iterator<Item = (u64, u64)> {
+        self.flows.iter().filter_map(move |(cookie, flow)| match flow.stage {
+            Stage::Pass { grant_serial, .. } | Stage::Done { grant_serial } if which(grant_serial) => {
+                Some((*cookie, flow.netns_cookie))
+            }
+            _ => None,
+        })
     }
 
     fn data<D: Datapath>(

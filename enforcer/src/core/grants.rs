@@ -1,6 +1,7 @@
 //! Which token holds which slot of the kernel's grants.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use enforcer_common::abi::{
     GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, REVOKED_BY_OPERATOR, grant_serial, text,
@@ -11,6 +12,7 @@ use tracing::error;
 use crate::revocation::name_hash;
 use crate::token::{Fingerprint, VerifiedToken};
 
+use super::remembered::{Claims, Remembered};
 use super::{Datapath, Now};
 
 /// Longest life of a grant: after it the token is verified again, with the keys of that time.
@@ -60,6 +62,7 @@ pub struct GrantTable {
     resting: VecDeque<(u64, u32)>,
     next_slot: u32,
     next_number: u64,
+    pub(super) remembered: Remembered,
 }
 
 impl GrantTable {
@@ -73,6 +76,7 @@ impl GrantTable {
             resting: VecDeque::new(),
             next_slot: 0,
             next_number: (first_serial >> GRANT_SLOT_BITS).max(1),
+            remembered: Remembered::default(),
         }
     }
 
@@ -170,6 +174,8 @@ impl GrantTable {
         if let Some((old, _)) = held {
             self.by_deadline.remove(&(old.deadline_ns, slot));
         }
+        let evidence = Arc::clone(&token.evidence);
+        self.remembered.keep(Claims { serial, server_id: ask.server_id, evidence });
         let granted = Granted { slot, serial, deadline_ns };
         self.held.insert(key, granted);
         self.by_deadline.insert((deadline_ns, slot), (key, serial));
@@ -229,6 +235,7 @@ impl GrantTable {
             if datapath.set_grant(slot, &Grant { serial: 0, ..current }).is_err() {
                 return;
             }
+            self.remembered.forget(current.serial);
             self.by_deadline.remove(&at);
             self.by_end.remove(&(current.ends_at_unix_secs, slot));
             if self.held.get(&key).is_some_and(|held| held.slot == slot) {

@@ -10,11 +10,14 @@ mod grants;
 #[cfg(test)]
 mod model;
 mod numbers;
+mod remembered;
 mod replies;
 mod revoked;
 mod sweep;
+mod switch;
 #[cfg(test)]
 mod tests;
+mod transition;
 mod verifier;
 
 pub use bounds::MEMORY_MAX_BYTES;
@@ -22,9 +25,12 @@ pub use endpoints::{EndpointPolicy, Endpoints, endpoint_keys};
 pub use engine::{Engine, EngineError, KeyRequest, Orphan, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};
 pub use numbers::{Numbers, NumbersError};
+pub use remembered::Claims;
 pub use replies::ReplyTable;
 pub use revoked::Revoked;
 pub use sweep::{Stream, StreamEnd, Sweeper, must_end};
+pub use switch::{AllCarried, Consequences, Judged, Losses, Next};
+pub use transition::{Loss, Transition};
 pub use verifier::KeyedVerifier;
 
 use enforcer_common::abi::{Ends, Flow, Grant, GrantLabel, HeadDigest, Reply, Verdict};

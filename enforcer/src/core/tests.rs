@@ -19,6 +19,8 @@ use crate::revocation::tests::revocation;
 use crate::token::Fingerprinter;
 use crate::token::testing::{NOW, World};
 
+mod switch;
+
 const COOKIE: u64 = 7;
 const EPOCH: u32 = 3;
 const GENERATION: u64 = 11;

@@ -68,14 +68,15 @@ pub(super) fn adopt(
     state.bring_together(&mut maps.live, policy, now.unix_secs)?;
     let secrets =
         Secrets { digest: Box::new(maps.digest_key()?), fingerprint: Fingerprinter::new(fingerprint_key) };
-    let endpoints = Endpoints::of(policy, &numbers(&maps)?.next(policy)?);
+    let numbers = numbers(&maps)?.next(policy)?;
+    let endpoints = Endpoints::of(policy, &numbers);
     let mut engine = Engine::new(endpoints, config.generation, now.boot_ns, secrets);
     engine.replies().adopt((0..MAX_REPLIES).map_while(|id| maps.reply(id).ok()));
     let grants = grants(&maps)?;
     let mut kernel = Kernel::new(maps, injectors);
     kernel.hold(links);
     engine.grants().adopt(grants, config.generation, now);
-    Ok(Up { engine, kernel, ring, orphans })
+    Ok(Up { engine, kernel, ring, numbers, orphans })
 }
 
 /// What the earlier daemon had in its hands. Whatever joins later is ours.

@@ -1,11 +1,15 @@
 //! The daemon: brings the kernel programs to life, feeds the core, and takes them down again.
 
 mod adopt;
+mod apply;
+mod control;
 mod kernel;
 mod lookout;
+mod reload;
 mod revocations;
 pub mod selftest;
 mod setup;
+mod watch;
 pub mod watcher;
 
 use std::os::unix::fs::MetadataExt;
@@ -30,8 +34,10 @@ use crate::lifecycle::{UnloadOptions, clock, paths, unload};
 use crate::policy;
 use crate::privileges;
 use crate::revocation::store::StateDir;
+use apply::InForce;
 use kernel::Kernel;
 use lookout::{Lookout, Seen};
+use reload::Reloads;
 use revocations::State;
 use setup::Up;
 use watcher::Watcher;
@@ -64,6 +70,8 @@ pub struct RunOptions {
     pub replace_programs: bool,
     /// How long connections may go on at the end, before they are destroyed.
     pub drain_timeout: Duration,
+    /// The policy file is read again when it changes.
+    pub watch: bool,
 }
 
 /// Both clocks, now.
@@ -119,7 +127,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     privileges::drop_capabilities()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let plan = Plan { start, ours, started_ns, cgroup, pins };
-    let result = runtime.block_on(enforce(options, &Arc::new(policy), &plan, watcher));
+    let result = runtime.block_on(enforce(options, &Arc::new(policy), &plan, watcher, &mut lock));
     drop(lock);
     result
 }
@@ -166,26 +174,31 @@ async fn enforce(
     policy: &Arc<policy::Policy>,
     plan: &Plan,
     mut watcher: Watcher,
+    lock: &mut DaemonLock,
 ) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // What comes from here on is not lost, and does not end a daemon that is still starting.
+    let hangup = signal(SignalKind::hangup())?;
     let keys = KeyManager::start(Arc::clone(policy));
     // Guarded first, then keys: what comes meanwhile waits.
-    let Up { mut engine, mut kernel, mut ring, mut orphans } = plan.bring_up(policy, &options.state)?;
+    let Up { mut engine, mut kernel, mut ring, numbers, mut orphans } = plan.bring_up(policy, &options.state)?;
     // Before anybody is told that the servers are guarded, and before keys come.
     let (seen, mut seen_later) = mpsc::unbounded_channel();
     let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;
     count_closed(&mut kernel, closed);
-    // Programs are loaded and attached: from here on it is maps and sockets.
-    privileges::restrict_daemon()?;
     let since = Instant::now();
     wait_for_keys(&keys, &mut kernel).await?;
+    let mut reloads =
+        Reloads::listen(options, hangup, InForce { policy: Arc::clone(policy), numbers, keys })?;
+    // Programs are loaded and attached, sockets listen: from here on it is maps and files.
+    privileges::restrict_daemon()?;
     // Bringing up may have taken longer than a heartbeat may be old.
     kernel.heartbeat(now().boot_ns)?;
     let (answers, mut refreshed) = mpsc::channel(1024);
     // What waited for a daemon is decided before anybody is told that there is one.
-    read_all(&mut ring, &mut engine, &mut kernel, &keys);
-    ask_for_keys(&mut engine, &keys, &answers);
+    read_all(&mut ring, &mut engine, &mut kernel, reloads.keys());
+    ask_for_keys(&mut engine, reloads.keys(), &answers);
     let listeners = policy.servers.iter().map(|server| server.listen.len()).sum::<usize>();
     info!(
         servers = policy.servers.len(),
@@ -233,7 +246,7 @@ async fn enforce(
                 }));
             }
             Some(KeyRequest { cookie, epoch, .. }) = refreshed.recv() => {
-                engine.keys_refreshed(cookie, epoch, now(), &keys.snapshot(), &mut kernel);
+                engine.keys_refreshed(cookie, epoch, now(), &reloads.keys().snapshot(), &mut kernel);
             }
             Some(seen) = seen_later.recv() => match seen {
                 Seen::Closed(count) => count_closed(&mut kernel, count),
@@ -245,8 +258,8 @@ async fn enforce(
             },
             () = &mut orphans_due, if !orphans.is_empty() => {
                 // Those whose first bytes are in the ring buffer still are no orphans.
-                read_all(ring.get_mut(), &mut engine, &mut kernel, &keys);
-                ask_for_keys(&mut engine, &keys, &answers);
+                read_all(ring.get_mut(), &mut engine, &mut kernel, reloads.keys());
+                ask_for_keys(&mut engine, reloads.keys(), &answers);
                 engine.end_orphans(&std::mem::take(&mut orphans), &mut kernel);
             }
             _ = heartbeat.tick() => {
@@ -267,14 +280,17 @@ async fn enforce(
                 watcher.dismiss();
                 return Ok(());
             }
+            event = reloads.next(), if unloading.is_none() => {
+                reloads.handle(event, lock, &mut engine, &mut kernel);
+            }
             // Last: a busy ring must not keep the heartbeat from being written.
             guard = ring.readable_mut() => {
                 let mut guard = guard?;
-                let more = read(guard.get_inner_mut(), &mut engine, &mut kernel, &keys);
+                let more = read(guard.get_inner_mut(), &mut engine, &mut kernel, reloads.keys());
                 if !more {
                     guard.clear_ready();
                 }
-                ask_for_keys(&mut engine, &keys, &answers);
+                ask_for_keys(&mut engine, reloads.keys(), &answers);
             }
         }
     }

@@ -29,7 +29,12 @@ pub(super) struct State<'a> {
 
 impl<'a> State<'a> {
     pub(super) fn open(dir: &'a StateDir) -> anyhow::Result<Self> {
-        Ok(Self { dir, lock: dir.lock()? })
+        Ok(Self::locked(dir, dir.lock()?))
+    }
+
+    /// With its lock in hand already.
+    pub(super) const fn locked(dir: &'a StateDir, lock: StateLock) -> Self {
+        Self { dir, lock }
     }
 
     /// The key of the token fingerprints, for maps that are new.

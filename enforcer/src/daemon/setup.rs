@@ -2,32 +2,29 @@
 
 use anyhow::Context;
 use aya::maps::{MapData, RingBuf};
-use enforcer_common::abi::{
-    ABI_VERSION, Config, DaemonState, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text,
-};
+use enforcer_common::abi::{ABI_VERSION, Config, DaemonState};
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::path::Path;
 use std::time::Duration;
 
+use super::apply::{mode, write_endpoints, write_labels};
 use super::kernel::Kernel;
 use super::revocations::State;
 use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
 use crate::datapath::{self, Injectors, Maps, PinDir};
-use crate::http::answer;
 use crate::lifecycle::start::Ours;
 use crate::lifecycle::{UnloadOptions, unload};
-use crate::policy::{Mode, Policy};
+use crate::policy::Policy;
 use crate::token::Fingerprinter;
-
-/// Retry-After of the answer that the kernel gives while no daemon lives.
-const UNAVAILABLE_RETRY_SECS: u32 = 5;
 
 /// What guards, and what the daemon works with.
 pub(super) struct Up {
     pub(super) engine: Engine,
     pub(super) kernel: Kernel,
     pub(super) ring: RingBuf<MapData>,
+    /// The policy's servers and endpoints in the maps.
+    pub(super) numbers: Numbers,
     /// What an earlier daemon had in its hands.
     pub(super) orphans: Vec<Orphan>,
 }
@@ -60,33 +57,13 @@ pub(super) fn load(
     let generation = now_ns;
     let numbers = Numbers::default().next(policy)?;
     let endpoints = Endpoints::of(policy, &numbers);
-    let mut engine = Engine::new(endpoints.clone(), generation, now_ns, secrets);
+    let mut engine = Engine::new(endpoints, generation, now_ns, secrets);
     let mut kernel = Kernel::new(maps, injectors);
-    let unavailable = answer::unavailable("daemon-unavailable", UNAVAILABLE_RETRY_SECS).finish("POST");
-    let unavailable_reply_id = engine
-        .replies()
-        .id(&unavailable, &mut kernel)
-        .context("the answer for a dead daemon has no template")?;
-    for server in &policy.servers {
-        let Some(id) = numbers.server(&server.name) else { continue };
-        let listen: Vec<String> = server.listen.iter().map(ToString::to_string).collect();
-        let label = ServerLabel {
-            name: text(&server.name),
-            resource: text(&server.resource),
-            path: text(&server.path),
-            listen: text(&listen.join(", ")),
-        };
-        kernel.maps().set_server_label(id, &label)?;
-    }
-    for (key, endpoint_id) in numbers.endpoints() {
-        kernel.maps().set_endpoint(key, Endpoint { endpoint_id, unavailable_reply_id })?;
-    }
+    write_labels(policy, &numbers, &mut kernel)?;
+    write_endpoints(&numbers, &mut engine, &mut kernel)?;
     kernel.maps().set_config(Config {
         abi_version: ABI_VERSION,
-        mode: match policy.mode {
-            Mode::Enforce => MODE_ENFORCE,
-            Mode::Observe => MODE_OBSERVE,
-        },
+        mode: mode(policy),
         generation,
         heartbeat_ns: now_ns,
         heartbeat_limit_ns: policy.daemon_timeout.as_nanos() as u64,
@@ -105,7 +82,7 @@ pub(super) fn load(
     }
     kernel.hold(loaded.commit(pins)?);
     unload(&retired, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
-    Ok(Up { engine, kernel, ring, orphans: Vec::new() })
+    Ok(Up { engine, kernel, ring, numbers, orphans: Vec::new() })
 }
 
 /// With a digest key that is drawn anew.

@@ -241,6 +241,17 @@ impl Maps {
         self.live.endpoints.insert(key, endpoint, 0).map_err(failed)
     }
 
+    /// Stops protecting an endpoint; one that is not there is fine.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn remove_endpoint(&mut self, key: EndpointKey) -> Result<(), LiveError> {
+        match self.live.endpoints.remove(&key) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(source) => Err(LiveError::Map { name: map::ENDPOINTS, source }),
+        }
+    }
+
     /// Writes a response template.
     ///
     /// # Errors

@@ -21,6 +21,7 @@ pub struct Key {
     kind: KeyKind,
     algorithm: Option<Algorithm>,
     decoding_key: DecodingKey,
+    thumbprint: [u8; 32],
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +100,8 @@ impl Key {
                 Some(algorithm.ok_or_else(|| SkipReason::UnsupportedAlgorithm(Quoted::new(name)))?)
             }
         };
-        Ok(Self { id, kind, algorithm, decoding_key })
+        let thumbprint = thumbprint(jwk);
+        Ok(Self { id, kind, algorithm, decoding_key, thumbprint })
     }
 
     /// `kid`.
@@ -124,6 +126,12 @@ impl Key {
             KeyKind::Ed25519 => "OKP Ed25519".to_owned(),
         };
         self.algorithm.map_or_else(|| kind.clone(), |algorithm| format!("{kind} ({algorithm:?})"))
+    }
+
+    /// SHA-256 over what makes the key (RFC 7638): equal for equal keys, whatever their `kid` or `alg`.
+    #[must_use]
+    pub fn thumbprint(&self) -> [u8; 32] {
+        self.thumbprint
     }
 
     pub(crate) fn decoding_key(&self) -> &DecodingKey {
@@ -227,6 +235,20 @@ fn okp(jwk: &Map<String, Value>) -> Result<(KeyKind, DecodingKey), SkipReason> {
         return Err(SkipReason::Malformed("x"));
     }
     Ok((KeyKind::Ed25519, DecodingKey::from_ed_der(&x)))
+}
+
+/// RFC 7638, section 3: the required members, in the order of their names, without white space.
+fn thumbprint(jwk: &Map<String, Value>) -> [u8; 32] {
+    let members: &[&str] = match jwk.get("kty").and_then(Value::as_str) {
+        Some("RSA") => &["e", "kty", "n"],
+        Some("EC") => &["crv", "kty", "x", "y"],
+        _ => &["crv", "kty", "x"],
+    };
+    let text = members.iter().filter_map(|name| Some(format!("\"{name}\":{}", jwk.get(*name)?)));
+    let text = format!("{{{}}}", text.collect::<Vec<_>>().join(","));
+    let mut out = [0; 32];
+    out.copy_from_slice(ring::digest::digest(&ring::digest::SHA256, text.as_bytes()).as_ref());
+    out
 }
 
 fn text<'a>(jwk: &'a Map<String, Value>, member: &'static str) -> Result<&'a str, SkipReason> {

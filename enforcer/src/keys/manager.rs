@@ -60,7 +60,10 @@ impl KeyManager {
     pub fn start(policy: Arc<Policy>) -> KeyManagerHandle {
         let now = BootInstant::now();
         let seed = now.since_boot().as_nanos() as u64 ^ (u64::from(std::process::id()) << 40);
-        let store = KeyStore::new(policy.issuers.iter().map(Arc::clone), now, seed);
+        Self::run(KeyStore::new(policy.issuers.iter().map(Arc::clone), now, seed), now)
+    }
+
+    fn run(store: KeyStore, now: BootInstant) -> KeyManagerHandle {
         let published = watch::Sender::new(store.snapshot(now));
         let shared = Arc::new(Shared { store: Mutex::new(store), published, wake: Notify::new() });
         let task = tokio::spawn(run(Arc::clone(&shared)));
@@ -69,6 +72,17 @@ impl KeyManager {
 }
 
 impl KeyManagerHandle {
+    /// Starts key management for another policy, beside this one: issuers that have their keys from the same place as before start
+    /// with the keys known here.
+    ///
+    /// # Panics
+    /// As [`KeyManager::start`].
+    #[must_use = "dropping the handle ends it"]
+    pub fn following(&self, policy: &Policy) -> Self {
+        let now = BootInstant::now();
+        KeyManager::run(self.shared.store().following(policy.issuers.iter().map(Arc::clone), now), now)
+    }
+
     /// The keys as of now. Cheap: two reference counts and a clock read. Take a new one for each verification, for a kept
     /// one does not age.
     #[must_use]

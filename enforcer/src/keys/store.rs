@@ -79,7 +79,7 @@ pub struct KeyStore {
     jitter: Jitter,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct IssuerKeys {
     issuer: Arc<Issuer>,
     keys: Option<Arc<KeySet>>,
@@ -102,23 +102,21 @@ impl KeyStore {
     /// A store in which every issuer is due at once. `jitter_seed` spreads the refreshes of several daemons.
     #[must_use]
     pub fn new(issuers: impl IntoIterator<Item = Arc<Issuer>>, now: BootInstant, jitter_seed: u64) -> Self {
-        let issuers = issuers
-            .into_iter()
-            .map(|issuer| IssuerKeys {
-                issuer,
-                keys: None,
-                fetched_at: now,
-                due: now,
-                running: false,
-                last_start: None,
-                finished: 0,
-                failures: 0,
-                last_error: None,
-                asked: VecDeque::new(),
-                missing: VecDeque::new(),
-            })
-            .collect();
+        let issuers = issuers.into_iter().map(|issuer| IssuerKeys::unknown(issuer, now)).collect();
         Self { issuers, jitter: Jitter(jitter_seed) }
+    }
+
+    /// A store for another policy's issuers. Who has its keys from the same place as before starts with what is known of them, and
+    /// with the limits that hold for asking it.
+    #[must_use]
+    pub fn following(&self, issuers: impl IntoIterator<Item = Arc<Issuer>>, now: BootInstant) -> Self {
+        let issuers = issuers.into_iter().map(|issuer| {
+            match self.issuers.iter().find(|keys| same_source(&keys.issuer, &issuer)) {
+                Some(known) => known.clone().under(issuer, now),
+                None => IssuerKeys::unknown(issuer, now),
+            }
+        });
+        Self { issuers: issuers.collect(), jitter: Jitter(self.jitter.0) }
     }
 
     /// What to do now. Call it until it says [`Action::Wait`].
@@ -217,7 +215,38 @@ impl KeyStore {
     }
 }
 
+/// Whether both have their keys from the same place, in the same way.
+fn same_source(one: &Issuer, other: &Issuer) -> bool {
+    let source = |issuer: &Issuer| {
+        let Issuer { name, issuer, keys, ca_file, allow_http_loopback, .. } = issuer.clone();
+        (name, issuer, keys, ca_file, allow_http_loopback)
+    };
+    source(one) == source(other)
+}
+
 impl IssuerKeys {
+    fn unknown(issuer: Arc<Issuer>, now: BootInstant) -> Self {
+        Self {
+            issuer,
+            keys: None,
+            fetched_at: now,
+            due: now,
+            running: false,
+            last_start: None,
+            finished: 0,
+            failures: 0,
+            last_error: None,
+            asked: VecDeque::new(),
+            missing: VecDeque::new(),
+        }
+    }
+
+    /// The same keys under changed limits. A fetch that is running reports to the old store only, so it is due here too.
+    fn under(self, issuer: Arc<Issuer>, now: BootInstant) -> Self {
+        let due = if self.running || *issuer != *self.issuer { now } else { self.due };
+        Self { issuer, due, running: false, asked: VecDeque::new(), ..self }
+    }
+
     fn failed(&mut self, error: &FetchError, jitter: f64, now: BootInstant) {
         self.failures = self.failures.saturating_add(1);
         self.last_error = Some((error.to_string(), now));

@@ -281,3 +281,40 @@ fn a_tight_staleness_limit_pulls_the_refresh_forward() {
     sim.fetched("k1");
     assert!(sim.wait() >= 1.0);
 }
+
+#[test]
+fn another_policys_store_keeps_what_comes_from_the_same_place() {
+    let mut sim = Sim::new();
+    assert!(sim.wants_fetch());
+    sim.fetched("k1");
+    sim.advance(10.0);
+    let following = |sim: &Sim, issuer: Issuer| {
+        let issuer = Arc::new(issuer);
+        let store = sim.store.following([Arc::clone(&issuer)], sim.now);
+        Sim { store, issuer, now: sim.now }
+    };
+    let mut same = following(&sim, (*sim.issuer).clone());
+    assert_eq!(same.freshness(), Freshness::Fresh);
+    assert!(!same.wants_fetch() && same.store.all_loaded());
+    // Other limits: the same keys, judged by the new ones.
+    let stricter = Issuer { max_staleness: Duration::from_secs(5), ..(*sim.issuer).clone() };
+    let mut stricter = following(&sim, stricter);
+    assert_eq!(stricter.freshness(), Freshness::Expired);
+    assert!(stricter.wants_fetch());
+    // Another place, or another issuer of this name: nothing of it is believed.
+    for other in [
+        Issuer { keys: KeySource::File(PathBuf::from("/other")), ..(*sim.issuer).clone() },
+        Issuer { issuer: "https://other.example".into(), ..(*sim.issuer).clone() },
+        Issuer { ca_file: Some(PathBuf::from("/ca")), ..(*sim.issuer).clone() },
+        Issuer { name: "renamed".into(), ..(*sim.issuer).clone() },
+    ] {
+        let mut other = following(&sim, other);
+        assert_eq!(other.freshness(), Freshness::Missing);
+        assert!(other.wants_fetch());
+    }
+    // A fetch that runs for the old store says nothing to the new one.
+    sim.wait();
+    assert!(sim.wants_fetch());
+    let mut same = following(&sim, (*sim.issuer).clone());
+    assert!(same.wants_fetch());
+}

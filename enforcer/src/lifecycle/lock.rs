@@ -20,7 +20,9 @@ pub const RUN_DIR: &str = "/run/enforcer";
 const ATTEMPTS: u32 = 5;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(20);
 /// Longest lock file that is read, in bytes.
-const MAX_RECORD_BYTES: u64 = 16 * 1024;
+const MAX_RECORD_BYTES: u64 = 64 * 1024;
+/// Longest error that is recorded. JSON may need six bytes for one that is written as an escape.
+const MAX_ERROR_CHARS: usize = 4096;
 
 /// Why the lock was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +57,22 @@ pub struct LockRecord {
     /// Absolute path of the policy that it runs.
     #[serde(default)]
     pub policy: Option<PathBuf>,
+    /// What became of the last attempt to switch to another policy.
+    #[serde(default)]
+    pub last_reload: Option<ReloadRecord>,
+}
+
+/// An attempt to read the policy file again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadRecord {
+    /// When, on `CLOCK_BOOTTIME`, in nanoseconds.
+    pub at_boot_ns: u64,
+    /// When, in seconds since 1970.
+    pub at_unix_s: u64,
+    /// What asked for it.
+    pub trigger: String,
+    /// Why the policy was not taken; absent if it was.
+    pub error: Option<String>,
 }
 
 /// The lock, held until dropped.
@@ -62,6 +80,7 @@ pub struct LockRecord {
 pub struct DaemonLock {
     file: Flock<File>,
     path: PathBuf,
+    record: LockRecord,
 }
 
 /// Who holds a lock.
@@ -100,8 +119,9 @@ impl DaemonLock {
         for attempt in 1.. {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => {
-                    let mut lock = Self { file, path };
-                    lock.write(&LockRecord { pid: std::process::id(), policy: None })?;
+                    let record = LockRecord { pid: std::process::id(), ..LockRecord::default() };
+                    let mut lock = Self { file, path, record };
+                    lock.write()?;
                     return Ok(lock);
                 }
                 Err((_, Errno::EWOULDBLOCK)) if attempt == ATTEMPTS => break,
@@ -119,11 +139,28 @@ impl DaemonLock {
     /// # Errors
     /// The file can't be written.
     pub fn record_policy(&mut self, policy: &Path) -> Result<(), LockError> {
-        self.write(&LockRecord { pid: std::process::id(), policy: Some(policy.to_owned()) })
+        self.record.policy = Some(policy.to_owned());
+        self.write()
     }
 
-    fn write(&mut self, record: &LockRecord) -> Result<(), LockError> {
-        let written = serde_json::to_vec(record).map_err(std::io::Error::other).and_then(|text| {
+    /// Records an attempt to read the policy again, so that `enforcer status` shows it, also when the daemon has ended. An error that
+    /// is too long for the file is cut.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn record_reload(&mut self, mut reload: ReloadRecord) -> Result<(), LockError> {
+        if let Some(error) = &mut reload.error
+            && let Some((end, _)) = error.char_indices().nth(MAX_ERROR_CHARS)
+        {
+            error.truncate(end);
+            error.push_str(" ...");
+        }
+        self.record.last_reload = Some(reload);
+        self.write()
+    }
+
+    fn write(&mut self) -> Result<(), LockError> {
+        let written = serde_json::to_vec(&self.record).map_err(std::io::Error::other).and_then(|text| {
             self.file.set_len(0)?;
             self.file.seek(SeekFrom::Start(0))?;
             self.file.write_all(&text)
@@ -185,7 +222,19 @@ mod tests {
 
         first.record_policy(Path::new("/etc/a-rather-long-path/policy.yaml")).unwrap();
         first.record_policy(Path::new("/etc/policy.yaml")).unwrap();
-        let record = LockRecord { pid: std::process::id(), policy: Some("/etc/policy.yaml".into()) };
+        let error = Some(format!("policy.yaml:3:1: {}", "\u{7}é".repeat(10_000)));
+        first
+            .record_reload(ReloadRecord { at_boot_ns: 1, at_unix_s: 1, trigger: "SIGHUP".into(), error })
+            .unwrap();
+        let long = state_in(&dir, "one").unwrap().record.unwrap().last_reload.unwrap().error.unwrap();
+        assert!(long.starts_with("policy.yaml:3:1: ") && long.ends_with(" ..."));
+        let reload = ReloadRecord { at_boot_ns: 2, at_unix_s: 2, trigger: "SIGHUP".into(), error: None };
+        first.record_reload(reload.clone()).unwrap();
+        let record = LockRecord {
+            pid: std::process::id(),
+            policy: Some("/etc/policy.yaml".into()),
+            last_reload: Some(reload),
+        };
         assert_eq!(state_in(&dir, "one").unwrap(), LockState { held: true, record: Some(record.clone()) });
         drop(first);
         assert_eq!(state_in(&dir, "one").unwrap(), LockState { held: false, record: Some(record) });

@@ -5,6 +5,7 @@
 //! [`effective`] says in plain words what a policy makes the enforcer check.
 
 mod conflicts;
+mod diff;
 mod duration;
 mod effective;
 mod effective_json;
@@ -28,6 +29,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use diff::{Changed, FieldChange, NamedChanges, PolicyDiff};
 pub use effective::effective;
 pub use effective_json::effective_json;
 pub use error::{Caution, Defect, Overlap, PolicyError, PolicyErrors, Warning};

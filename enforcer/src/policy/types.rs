@@ -15,7 +15,7 @@ pub enum Mode {
 }
 
 /// A whole policy file, version 1.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     /// What happens to refused requests.
     pub mode: Mode,
@@ -24,7 +24,7 @@ pub struct Policy {
     pub daemon_timeout: Duration,
     /// Token issuers, in file order.
     pub issuers: Vec<Arc<Issuer>>,
-    /// Protected servers, in file order. The position is the server's id in the kernel maps.
+    /// Protected servers, in file order.
     pub servers: Vec<Arc<Server>>,
 }
 
@@ -53,7 +53,7 @@ pub enum KeySource {
 }
 
 /// An authorization server whose tokens are accepted.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Issuer {
     /// Name within the policy.
     pub name: String,
@@ -100,7 +100,7 @@ pub struct Metadata {
 }
 
 /// A protected MCP server.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Server {
     /// Name within the policy.
     pub name: String,

@@ -1,5 +1,7 @@
 //! The compact serialization and the JOSE header (RFC 7515).
 
+use std::borrow::Cow;
+
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Map, Value};
@@ -13,14 +15,24 @@ pub const MAX_TOKEN_BYTES: usize = 16 * 1024;
 
 const MAX_KEY_ID_BYTES: usize = 256;
 
-/// A token cut into its parts; all three are valid base64url, none is verified.
+/// A token cut into its parts; all are valid base64url, none is verified.
 pub(super) struct Jws<'a> {
-    /// What the signature covers: header, dot, payload, as sent.
-    pub(super) signing_input: &'a str,
-    /// base64url.
-    pub(super) signature: &'a str,
-    pub(super) header: Vec<u8>,
-    pub(super) payload: Vec<u8>,
+    pub(super) proof: Proof<'a>,
+    pub(super) header: Cow<'a, [u8]>,
+    pub(super) payload: Cow<'a, [u8]>,
+}
+
+/// What shows that the issuer said it.
+pub(super) enum Proof<'a> {
+    /// The token's signature.
+    Signature {
+        /// What it covers: header, dot, payload, as sent.
+        signing_input: &'a str,
+        /// base64url.
+        signature: &'a str,
+    },
+    /// A signature of the key with this thumbprint was seen and verified before.
+    SeenBefore { key_thumbprint: [u8; 32] },
 }
 
 impl<'a> Jws<'a> {
@@ -37,10 +49,9 @@ impl<'a> Jws<'a> {
         decode("signature", signature)?;
         let (signing_input, _) = token.rsplit_once('.').ok_or(TokenError::SegmentCount { found: 1 })?;
         Ok(Self {
-            signing_input,
-            signature,
-            header: decode("header", header)?,
-            payload: decode("payload", payload)?,
+            proof: Proof::Signature { signing_input, signature },
+            header: decode("header", header)?.into(),
+            payload: decode("payload", payload)?.into(),
         })
     }
 }

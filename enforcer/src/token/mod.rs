@@ -5,6 +5,7 @@
 
 mod claims;
 mod error;
+mod evidence;
 mod fingerprint;
 mod header;
 pub(crate) mod json;
@@ -17,8 +18,9 @@ mod tests;
 mod verified;
 
 pub use error::{Quoted, TokenError, TokenReason};
+pub use evidence::Evidence;
 pub use fingerprint::{Fingerprint, Fingerprinter};
 pub use header::MAX_TOKEN_BYTES;
 pub(crate) use header::algorithm_name;
-pub use pipeline::{Check, Outcome, explain, verify};
+pub use pipeline::{Check, Outcome, explain, verify, verify_again};
 pub use verified::{Principal, VerifiedToken, missing_scopes};

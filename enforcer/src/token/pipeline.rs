@@ -1,7 +1,10 @@
 //! The one list of checks behind [`verify`] and [`explain`].
 
+use std::sync::Arc;
+
 use super::error::{Quoted, TokenError};
-use super::header::{self, Jws, algorithm_name};
+use super::evidence::Evidence;
+use super::header::{self, Jws, Proof, algorithm_name};
 use super::verified::{VerifiedToken, missing_scopes};
 use super::{claims, signature};
 use crate::keys::KeySnapshot;
@@ -22,8 +25,32 @@ pub fn verify(
     keys: &KeySnapshot,
     now_unix_secs: u64,
 ) -> Result<VerifiedToken, TokenError> {
+    judge(|| Jws::split(token), token.len(), server, keys, now_unix_secs)
+}
+
+/// As [`verify`], of a token that was verified before: every check is made again, and the key that made the signature must be the one
+/// that the issuer's keys have for the token today.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_again(
+    evidence: &Evidence,
+    server: &Server,
+    keys: &KeySnapshot,
+    now_unix_secs: u64,
+) -> Result<VerifiedToken, TokenError> {
+    judge(|| evidence.parts(), evidence.size_bytes(), server, keys, now_unix_secs)
+}
+
+fn judge<'a>(
+    parts: impl FnOnce() -> Result<Jws<'a>, TokenError>,
+    size_bytes: usize,
+    server: &Server,
+    keys: &KeySnapshot,
+    now_unix_secs: u64,
+) -> Result<VerifiedToken, TokenError> {
     let mut first = FirstError { error: None };
-    let verified = run(token, server, keys, now_unix_secs, &mut first);
+    let verified = run(parts, size_bytes, server, keys, now_unix_secs, &mut first);
     match first.error {
         Some(error) => Err(error),
         None => verified.ok_or(TokenError::Incomplete),
@@ -63,7 +90,7 @@ pub fn explain(
     now_unix_secs: u64,
 ) -> (Vec<Check>, Option<VerifiedToken>) {
     let mut all = AllChecks { checks: Vec::new() };
-    let verified = run(token, server, keys, now_unix_secs, &mut all);
+    let verified = run(|| Jws::split(token), token.len(), server, keys, now_unix_secs, &mut all);
     let required = if server.scopes.is_empty() { "none".to_owned() } else { server.scopes.join(" ") };
     let (outcome, detail) = match &verified {
         None => (Outcome::Skipped, format!("an earlier check failed; required: {required}")),
@@ -144,8 +171,9 @@ impl Sink for AllChecks {
     }
 }
 
-fn run(
-    token: &str,
+fn run<'a>(
+    parts: impl FnOnce() -> Result<Jws<'a>, TokenError>,
+    size_bytes: usize,
     server: &Server,
     keys: &KeySnapshot,
     now: u64,
@@ -153,9 +181,9 @@ fn run(
 ) -> Option<VerifiedToken> {
     let nothing_to_say = |(): &()| String::new();
 
-    let jws =
-        sink.check("format", Some(token), Jws::split, |_| format!("a signed token of {} bytes", token.len()));
-    let jws = jws.as_ref();
+    let parts =
+        sink.check("format", Some(()), |()| parts(), |_| format!("a signed token of {size_bytes} bytes"));
+    let jws = parts.as_ref();
     let header = sink.check("header", jws, |jws| header::object("header", &jws.header), |h| members(h.len()));
     let header = header.as_ref();
     let parameters = sink.check("header-parameters", header, header::no_forbidden_parameter, nothing_to_say);
@@ -246,12 +274,13 @@ fn run(
         "signature",
         jws.zip(key).zip(issuer).zip(algorithm),
         |(((jws, key), i), algorithm)| {
-            if signature::verifies(jws.signing_input.as_bytes(), jws.signature, key.decoding_key(), algorithm)
-            {
-                Ok(())
-            } else {
-                Err(TokenError::SignatureInvalid { issuer: i.name.clone() })
-            }
+            let good = match jws.proof {
+                Proof::Signature { signing_input, signature } => {
+                    signature::verifies(signing_input.as_bytes(), signature, key.decoding_key(), algorithm)
+                }
+                Proof::SeenBefore { key_thumbprint } => key.thumbprint() == key_thumbprint,
+            };
+            if good { Ok(()) } else { Err(TokenError::SignatureInvalid { issuer: i.name.clone() }) }
         },
         nothing_to_say,
     );
@@ -261,7 +290,7 @@ fn run(
     let (_, _) = (not_before?, lifetime?);
     let (issuer, expires_at) = (issuer?, expires_at?);
     Some(VerifiedToken {
-        issuer: std::sync::Arc::clone(issuer),
+        issuer: Arc::clone(issuer),
         subject: subject?,
         client_id: client_id?,
         scopes: scopes?,
@@ -271,6 +300,7 @@ fn run(
         not_after_unix_secs: expires_at.saturating_add(issuer.leeway.as_secs()),
         jwt_id: jwt_id?,
         key_id: key?.id().map(str::to_owned),
+        evidence: Arc::new(Evidence::new(parts?, key?.thumbprint())),
     })
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ring::digest;
 
+use super::Evidence;
 use crate::policy::Issuer;
 
 /// An access token that passed every check of [`verify`](super::verify) for one server. Holds claims, never the token.
@@ -30,6 +31,8 @@ pub struct VerifiedToken {
     pub jwt_id: Option<String>,
     /// `kid` of the key that verified it; absent when the issuer's only fitting key has none.
     pub key_id: Option<String>,
+    /// With which it can be judged again.
+    pub evidence: Arc<Evidence>,
 }
 
 /// Who a token speaks for: equal for all tokens that one issuer gives to one subject through one client, so it survives

@@ -13,7 +13,7 @@ use crate::cli::format::{age_ms, duration, mebibytes};
 use crate::cli::output::{Render, pairs};
 use crate::datapath::MapMemory;
 use crate::lifecycle::Usage;
-use crate::lifecycle::lock::LockState;
+use crate::lifecycle::lock::{LockState, ReloadRecord};
 
 /// What the file system says.
 #[derive(Debug)]
@@ -62,8 +62,39 @@ struct Daemon {
     heartbeat_limit_ms: Option<u64>,
     /// The policy that it runs, or that the last one ran.
     policy: Option<PathBuf>,
+    /// What became of its last attempt to switch to another policy; absent before the first.
+    last_reload: Option<Reload>,
     #[serde(skip_serializing_if = "Option::is_none")]
     process: Option<Usage>,
+}
+
+#[derive(Debug, Serialize)]
+struct Reload {
+    at_unix_s: u64,
+    age_ms: u64,
+    trigger: String,
+    ok: bool,
+    /// Why the policy was not taken.
+    error: Option<String>,
+}
+
+impl Reload {
+    fn of(record: ReloadRecord, now_ns: u64) -> Self {
+        let ReloadRecord { at_boot_ns, at_unix_s, trigger, error } = record;
+        Self { at_unix_s, age_ms: age_ms(at_boot_ns, now_ns), trigger, ok: error.is_none(), error }
+    }
+
+    fn text(&self) -> String {
+        let (age, trigger) = (duration(self.age_ms), &self.trigger);
+        let Some(error) = &self.error else { return format!("ok, {age} ago ({trigger})") };
+        let mut defects = error.lines().filter(|line| !line.trim_start().starts_with("hint: "));
+        let first = defects.next().unwrap_or_default();
+        let more = match defects.count() {
+            0 => String::new(),
+            more => format!(" (and {more} more; `--output json` has all)"),
+        };
+        format!("FAILED {age} ago ({trigger}), the policy before it stays in force: {first}{more}")
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -111,6 +142,7 @@ impl Status {
                 heartbeat_age_ms: None,
                 heartbeat_limit_ms: None,
                 policy: record.and_then(|record| record.policy),
+                last_reload: None,
                 process: None,
             },
             loaded: None,
@@ -126,6 +158,7 @@ impl Status {
     ) -> Self {
         let state = state(&place, config);
         let lock_held = lock.as_ref().map(|lock| lock.held);
+        let record = lock.and_then(|lock| lock.record).unwrap_or_default();
         let fresh = now_ns.saturating_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
         Self {
             state,
@@ -139,7 +172,8 @@ impl Status {
                 pid: Some(config.daemon_pid),
                 heartbeat_age_ms: Some(age_ms(config.heartbeat_ns, now_ns)),
                 heartbeat_limit_ms: Some(age_ms(0, config.heartbeat_limit_ns)),
-                policy: lock.and_then(|lock| lock.record).and_then(|record| record.policy),
+                policy: record.policy,
+                last_reload: record.last_reload.map(|reload| Reload::of(reload, now_ns)),
                 process: used.process,
             },
             loaded: Some(Loaded {
@@ -203,6 +237,9 @@ impl Render for Status {
         }
         if let Some(policy) = &self.daemon.policy {
             rows.push(("policy", policy.display().to_string()));
+        }
+        if let Some(reload) = &self.daemon.last_reload {
+            rows.push(("last reload", reload.text()));
         }
         if let Some(loaded) = &self.loaded {
             rows.extend([
@@ -272,7 +309,8 @@ mod tests {
     }
 
     fn lock(held: bool) -> Option<LockState> {
-        let record = LockRecord { pid: 42, policy: Some("/etc/enforcer/policy.yaml".into()) };
+        let policy = Some("/etc/enforcer/policy.yaml".into());
+        let record = LockRecord { pid: 42, policy, last_reload: None };
         Some(LockState { held, record: Some(record) })
     }
 
@@ -303,6 +341,34 @@ mod tests {
         assert_eq!(json["loaded"]["maps_bytes"], (24 << 20) + 4096);
         assert_eq!(json["loaded"]["maps"]["CONFIG"], 4096);
         assert_eq!(json["daemon"]["process"]["descriptors"], 40);
+    }
+
+    #[test]
+    fn the_last_reload_and_its_first_defect_show() {
+        let with = |error: Option<&str>| {
+            let mut lock = lock(true).unwrap();
+            lock.record.as_mut().unwrap().last_reload = Some(ReloadRecord {
+                at_boot_ns: NOW_NS - 3_000_000_000,
+                at_unix_s: 7,
+                trigger: "SIGHUP".into(),
+                error: error.map(str::to_owned),
+            });
+            Status::of(place(true), Some(lock), &config(), used(), NOW_NS)
+        };
+        let line = |status: &Status| {
+            let text = status.text();
+            text.lines().find_map(|line| line.strip_prefix("last reload  ")).unwrap().to_owned()
+        };
+        assert_eq!(line(&with(None)), "ok, 3s ago (SIGHUP)");
+        let one = "p.yaml:3:1: servers[0].listen: no\n    hint: yes";
+        let failed =
+            "FAILED 3s ago (SIGHUP), the policy before it stays in force: p.yaml:3:1: servers[0].listen: no";
+        assert_eq!(line(&with(Some(one))), failed);
+        let two = format!("{one}\np.yaml:4:1: mode: bad\n    hint: no");
+        assert_eq!(line(&with(Some(&two))), format!("{failed} (and 1 more; `--output json` has all)"));
+        let json = serde_json::to_value(with(Some(&two))).unwrap();
+        assert_eq!(json["daemon"]["last_reload"]["ok"], false);
+        assert_eq!(json["daemon"]["last_reload"]["error"], two);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Ways around token verification, one test each, and what must pass.
 
+mod again;
 mod algorithms_and_keys;
 mod audience;
 mod explain;

@@ -1,0 +1,191 @@
+//! From one policy to the next: who keeps their access. Pure: what is asked is given.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use enforcer_common::abi::{FLOW_OBSERVE, Flow};
+
+use super::Endpoints;
+use crate::keys::KeySnapshot;
+use crate::policy::{Mode, Server};
+use crate::token::{Evidence, TokenReason, missing_scopes, verify_again};
+
+/// Why the new policy does not allow what the old one did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// The policy has no server of this name any more.
+    ServerRemoved,
+    /// The server's path is another one. Which path the requests had is not kept, so none of them counts as allowed.
+    PathChanged,
+    /// The server accepts fewer hosts; which one the requests had is not kept.
+    HostRemoved,
+    /// The server accepts fewer origins, likewise.
+    OriginRemoved,
+    /// The token would be refused.
+    Token(TokenReason),
+    /// The token lacks a scope.
+    InsufficientScope,
+    /// What the token says is not known any more: it was too large, or an earlier daemon gave the grant.
+    NotRemembered,
+    /// The policy does not name the connection's endpoint any more.
+    EndpointRemoved,
+    /// The token's server does not listen on the connection's endpoint any more.
+    ListenerRemoved,
+    /// A path without token, which the connection may be using, needs one now.
+    PublicPathRemoved,
+    /// The connection was accepted in observe mode, and nothing on it was refused.
+    Observed,
+}
+
+impl Loss {
+    /// Stable kebab-case name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ServerRemoved => "server-removed",
+            Self::PathChanged => "path-changed",
+            Self::HostRemoved => "host-removed",
+            Self::OriginRemoved => "origin-removed",
+            Self::Token(reason) => reason.name(),
+            Self::InsufficientScope => "insufficient-scope",
+            Self::NotRemembered => "not-remembered",
+            Self::EndpointRemoved => "endpoint-removed",
+            Self::ListenerRemoved => "listener-removed",
+            Self::PublicPathRemoved => "public-path-removed",
+            Self::Observed => "observed",
+        }
+    }
+}
+
+/// Two policies, under numbers of which each means the same in both.
+#[derive(Debug)]
+pub struct Transition {
+    old: Endpoints,
+    new: Endpoints,
+    /// The old policy's servers, and what became of them.
+    servers: BTreeMap<u32, Fate>,
+    enforces_now: bool,
+}
+
+#[derive(Debug)]
+struct Fate {
+    old: Arc<Server>,
+    new: Result<Arc<Server>, Loss>,
+}
+
+impl Transition {
+    /// From the old endpoints and mode to the new ones.
+    #[must_use]
+    pub fn new((old, old_mode): (Endpoints, Mode), (new, new_mode): (Endpoints, Mode)) -> Self {
+        let new_servers = new.servers();
+        let fate = |(id, old): (u32, Arc<Server>)| {
+            let new = match new_servers.get(&id) {
+                Some(new) => heads_hold(&old, new).map(|()| Arc::clone(new)),
+                None => Err(Loss::ServerRemoved),
+            };
+            (id, Fate { old, new })
+        };
+        let servers = old.servers().into_iter().map(fate).collect();
+        Self { old, new, servers, enforces_now: old_mode == Mode::Observe && new_mode == Mode::Enforce }
+    }
+
+    /// The new policy's endpoints.
+    #[must_use]
+    pub fn endpoints(&self) -> &Endpoints {
+        &self.new
+    }
+
+    /// Name of a server of the old policy.
+    #[must_use]
+    pub fn server_name(&self, server_id: u32) -> Option<&str> {
+        self.servers.get(&server_id).map(|fate| fate.old.name.as_str())
+    }
+
+    /// Names of the old policy's servers on an endpoint.
+    #[must_use]
+    pub fn endpoint_names(&self, endpoint_id: u32) -> String {
+        let servers =
+            self.old.0.get(&endpoint_id).map(|endpoint| endpoint.servers.as_slice()).unwrap_or_default();
+        servers.iter().map(|(_, server)| server.name.as_str()).collect::<Vec<_>>().join(",")
+    }
+
+    /// Does a grant for a server hold under the new policy, with its keys, at this time?
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn grant(
+        &self,
+        server_id: u32,
+        evidence: &Evidence,
+        keys: &KeySnapshot,
+        now_unix_secs: u64,
+    ) -> Result<(), Loss> {
+        let server = match self.servers.get(&server_id).map(|fate| &fate.new) {
+            Some(Ok(server)) => server,
+            Some(Err(loss)) => return Err(*loss),
+            None => return Err(Loss::ServerRemoved),
+        };
+        let token = verify_again(evidence, server, keys, now_unix_secs)
+            .map_err(|error| Loss::Token(error.reason()))?;
+        if missing_scopes(&token, &server.scopes).is_empty() { Ok(()) } else { Err(Loss::InsufficientScope) }
+    }
+
+    /// May a connection go on? `grants` are the servers of the grants that it used, and whether those hold.
+    ///
+    /// # Errors
+    /// Why it must end.
+    pub fn flow(
+        &self,
+        flow: &Flow,
+        grants: impl IntoIterator<Item = (u32, Result<(), Loss>)>,
+    ) -> Result<(), Loss> {
+        let endpoint = self.new.0.get(&flow.endpoint_id).ok_or(Loss::EndpointRemoved)?;
+        if self.enforces_now && flow.flags & FLOW_OBSERVE != 0 {
+            return Err(Loss::Observed);
+        }
+        let mut used_a_grant = false;
+        for (server_id, holds) in grants {
+            used_a_grant = true;
+            holds?;
+            if !endpoint.servers.iter().any(|(id, _)| *id == server_id) {
+                return Err(Loss::ListenerRemoved);
+            }
+        }
+        if used_a_grant || flow.requests == 0 { Ok(()) } else { self.public_paths_hold(flow.endpoint_id) }
+    }
+
+    /// Everything that was open without a token on an endpoint still is.
+    fn public_paths_hold(&self, endpoint_id: u32) -> Result<(), Loss> {
+        let servers =
+            self.old.0.get(&endpoint_id).map(|endpoint| endpoint.servers.as_slice()).unwrap_or_default();
+        for (id, old) in servers.iter().filter(|(_, old)| !old.public_paths.is_empty()) {
+            let new = match self.servers.get(id).map(|fate| &fate.new) {
+                Some(Ok(new)) => new,
+                _ => return Err(Loss::PublicPathRemoved),
+            };
+            if !all_in(&old.public_paths, &new.public_paths) {
+                return Err(Loss::PublicPathRemoved);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether every head that `old` let through, by what it says besides its token, `new` lets through as well.
+fn heads_hold(old: &Server, new: &Server) -> Result<(), Loss> {
+    if old.path != new.path {
+        return Err(Loss::PathChanged);
+    }
+    if !all_in(&old.hosts, &new.hosts) {
+        return Err(Loss::HostRemoved);
+    }
+    if all_in(&old.origins, &new.origins) { Ok(()) } else { Err(Loss::OriginRemoved) }
+}
+
+fn all_in(some: &[String], all: &[String]) -> bool {
+    some.iter().all(|one| all.contains(one))
+}
+
+#[cfg(test)]
+#[path = "transition_tests.rs"]
+mod tests;
