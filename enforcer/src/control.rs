@@ -38,7 +38,7 @@ pub enum Request {
 #[serde(tag = "result", rename_all = "kebab-case")]
 pub enum Response {
     /// It was done, or there was nothing to do.
-    Done(Report),
+    Done(Box<Report>),
     /// The policy has defects; nothing was changed.
     Rejected {
         /// The defects, a line each.

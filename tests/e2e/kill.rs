@@ -208,8 +208,13 @@ fn request(host: &str, token: &str, number: u64, random: &mut Random) -> Vec<u8>
 
 /// Compares what the server read with what was allowed.
 fn compare(guarded: &Guarded, seen: &[Seen], tally: &mut Tally) -> Result<()> {
+    // All clients are gone: when the server has seen it, nothing can come late.
+    let all = wait_until("the server has seen every connection's end", TIMEOUT, || {
+        let records = guarded.recorder.connections().ok()?;
+        records.iter().all(|record| record.closed).then_some(records)
+    })?;
     let mut records: BTreeMap<SocketAddr, Vec<ConnectionRecord>> = BTreeMap::new();
-    for record in guarded.recorder.connections()? {
+    for record in all {
         records.entry(record.peer).or_default().push(record);
     }
     for connection in seen {
@@ -232,8 +237,9 @@ fn compare(guarded: &Guarded, seen: &[Seen], tally: &mut Tally) -> Result<()> {
             }
         }
     }
-    let strange = records.values().flatten().find(|record| record.bytes_read > 0);
-    ensure!(strange.is_none(), "bytes of nobody: {strange:?}");
+    if let Some(record) = records.values().flatten().find(|record| record.bytes_read > 0) {
+        bail!("{} bytes of nobody, from {}: {:?}", record.bytes_read, record.peer, record.error);
+    }
     Ok(())
 }
 
@@ -392,9 +398,12 @@ fn when_the_watcher_is_killed_too_the_next_daemon_ends_what_was_begun() -> Resul
     Ok(())
 }
 
-/// Process id of a daemon's watcher, its only child.
+/// Process id of a daemon's watcher. The daemon has another child, which fetches keys.
 fn watcher_of(daemon: u32) -> Result<i32> {
     let children = std::fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children"))?;
-    let child = children.split_whitespace().next().context("the daemon has no child")?;
-    Ok(child.parse()?)
+    let watches = |child: &&str| {
+        let command = std::fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+        command.split(|byte| *byte == 0).nth(1) == Some(b"watch")
+    };
+    Ok(children.split_whitespace().find(watches).context("the daemon has no watcher")?.parse()?)
 }

@@ -342,7 +342,7 @@ fn diff_foresees_what_a_reload_does_and_changes_nothing() -> Result<()> {
     let guarded = unwatched("rl-diff").recorder(endless()).start()?;
     let few = guarded.call(Some(&guarded.mint().scope("a").sign()?)).build();
     let many = guarded.call(Some(&guarded.mint().scope("a b").sign()?)).build();
-    let mut streams = vec![open_stream(guarded.addr(), &few)?, open_stream(guarded.addr(), &few)?];
+    let mut streams = [open_stream(guarded.addr(), &few)?, open_stream(guarded.addr(), &few)?];
     let mut stays = open_stream(guarded.addr(), &many)?;
     let next = policy(&guarded, vec![tools(&guarded).with("scopes", json!(["b"]))]);
     let file = guarded.enforcement.policy_path().with_file_name("next.yaml");

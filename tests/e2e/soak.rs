@@ -1,4 +1,4 @@
-//! Everything that comes and goes does so for a while: connections, tokens, heads that stay halves, refusals, and the daemon itself.
+//! Everything that comes and goes does so for a while: connections, tokens, heads that stay halves, refusals, policies, and the daemon itself.
 //! In the end memory is where it was, and nothing has leaked.
 //!
 //! A minute by default; `cargo xtask test --soak-minutes 10 soak` takes longer.
@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use enforcer_tests::enforcement::Enforcement;
+use enforcer_tests::enforcement::{Enforcement, IssuerSpec, PolicySpec, ServerSpec};
 use enforcer_tests::raw::Connection;
 use serde_json::Value;
 use torture::{Random, Scene, Sockets, post, wait_for_no_flows};
@@ -103,7 +103,8 @@ fn memory_is_flat_and_nothing_leaks_under_churn() -> Result<()> {
     Ok(())
 }
 
-/// A third of the time the daemon is killed and started again; then it is left to live, and looked at early and late.
+/// A third of the time the daemon is killed and started again; then it is left to live under one policy after another, and looked at
+/// early and late.
 fn churn(scene: &mut Scene, time: Duration) -> Result<(Sample, Sample, u32)> {
     let start = Instant::now();
     let mut kills = 0;
@@ -116,14 +117,30 @@ fn churn(scene: &mut Scene, time: Duration) -> Result<(Sample, Sample, u32)> {
     }
     thread::sleep(time / 6);
     let early = Sample::of(&scene.enforcement)?;
+    let mut reloads = 0;
     while start.elapsed() < time {
         thread::sleep(Duration::from_millis(500));
+        reload(scene, reloads % 2 == 0)?;
+        reloads += 1;
         let sample = Sample::of(&scene.enforcement)?;
         ensure!(sample.resident_bytes < sample.resident_max_bytes, "more memory than computed: {sample:?}");
     }
     let late = Sample::of(&scene.enforcement)?;
     ensure!(late.grants > 0, "nothing was granted: {late:?}");
     Ok((early, late, kills))
+}
+
+/// Has the daemon read a policy with, or without, another server.
+fn reload(scene: &Scene, with_another: bool) -> Result<()> {
+    let mut servers = vec![torture::server(&[scene.addr()])];
+    if with_another {
+        servers.push(ServerSpec::new("another", &["127.0.0.2:9".parse()?], "https://another.test/mcp"));
+    }
+    let issuer = IssuerSpec::from_file("corp", &scene.issuer);
+    scene.enforcement.write_policy(&PolicySpec::new(vec![issuer], servers))?;
+    let reloaded = scene.enforcement.cli(&["reload"])?;
+    ensure!(reloaded.status.success(), "{}: {}{}", reloaded.status, reloaded.stdout, reloaded.stderr);
+    Ok(())
 }
 
 /// Calls with fresh and known tokens, good and bad ones, leaves heads and bodies unfinished, closes and resets. A connection may be

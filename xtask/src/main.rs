@@ -180,7 +180,16 @@ fn run(task: Task) -> Result<()> {
             let guest_limit = Duration::from_secs(guest_limit_s);
             vm::test(&workspace, &vm::Options { kernels, markdown, guest_limit, offline })
         }
-        Task::Test { elsewhere: None, quick, release, unprivileged, soak_minutes, kills, step_limit_s, filters } => {
+        Task::Test {
+            elsewhere: None,
+            quick,
+            release,
+            unprivileged,
+            soak_minutes,
+            kills,
+            step_limit_s,
+            filters,
+        } => {
             let step_limit = Duration::from_secs(step_limit_s);
             let soak = soak_minutes.map(|minutes| Duration::from_secs(60 * minutes));
             let options = test::Options { quick, release, unprivileged, soak, kills, step_limit, filters };

@@ -6,7 +6,7 @@
 //! what came too early, which costs them a fifth of a second: no measure for everybody.
 
 use enforcer_common::abi::{Counter, FLOW_OBSERVE, Flow, PUNT_DEAD};
-use enforcer_common::flow::{Ctl, State};
+use enforcer_common::flow::{Ctl, CtlWord as _, State};
 
 use super::punt::{self, Event};
 use crate::kernel::{CtlCell, copied_seq, count, now_ns};

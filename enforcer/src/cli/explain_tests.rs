@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::super::exit::code_of;
 use super::*;
-use crate::policy::{Algorithm, Issuer, KeySource, Mode};
+use crate::policy::{Algorithm, DEFAULT_DAEMON_TIMEOUT, Issuer, KeySource, Mode};
 use crate::token::testing::{self, RESOURCE, TestKey};
 
 const KID: &str = "key-1";
@@ -16,7 +16,7 @@ fn policy_with_key_file(jwks: PathBuf) -> (Policy, Arc<Server>) {
     let server = Arc::new(testing::server(vec![Arc::clone(&issuer)]));
     let policy = Policy {
         mode: Mode::Enforce,
-        daemon_timeout: crate::policy::DEFAULT_DAEMON_TIMEOUT,
+        daemon_timeout: DEFAULT_DAEMON_TIMEOUT,
         issuers: vec![issuer],
         servers: vec![Arc::clone(&server)],
     };

@@ -81,7 +81,7 @@ fn show(response: Response, done: bool, output: Output) -> anyhow::Result<u8> {
             if output == Output::Table {
                 report.warnings.iter().for_each(|warning| say(warning));
             }
-            print(output, &Shown { report, done })?;
+            print(output, &Shown { report: *report, done })?;
             Ok(OK)
         }
         Response::Rejected { error } => rejected(&error, output),

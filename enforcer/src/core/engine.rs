@@ -188,6 +188,8 @@ struct Punted {
     unanswered: bool,
     /// A request came before the one before it was answered; from then on none is known to be.
     pipelined: bool,
+    /// The bytes to discard belong to a request that was answered before this epoch began: the kernel has looked.
+    skipping: bool,
     observed: bool,
     /// When the head began.
     since_ns: u64,
@@ -604,6 +606,7 @@ impl Engine {
                 last_write_seq: header.write_seq,
                 unanswered: header.flags & PUNT_UNANSWERED != 0,
                 pipelined: header.flags & PUNT_UNANSWERED != 0,
+                skipping: header.skip_bytes != 0,
                 observed: header.flags & PUNT_OBSERVED != 0,
                 since_ns: now.boot_ns,
                 answers,
@@ -967,7 +970,7 @@ impl Punted {
     /// The bytes are those of a new request. The kernel has looked for an answer since the head that it handed over; of the requests
     /// behind that one only the engine knows, whether the server has written since they came.
     fn next_request(&mut self, header: &PuntHeader, now: Now) {
-        let silent = header.write_seq == self.write_seq_mark;
+        let silent = !std::mem::take(&mut self.skipping) && header.write_seq == self.write_seq_mark;
         self.stage = Stage::Head;
         self.pipelined |= silent || header.flags & PUNT_UNANSWERED != 0;
         self.unanswered = self.pipelined;

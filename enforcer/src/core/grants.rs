@@ -129,7 +129,9 @@ impl GrantTable {
     /// request must not pass, as nothing could end what it opens.
     pub fn grant<D: Datapath>(&mut self, ask: GrantFor<'_>, now: Now, datapath: &mut D) -> Option<Granted> {
         let token = ask.token;
-        let left_ns = token.not_after_unix_secs.checked_sub(now.unix_secs)?.saturating_mul(1_000_000_000);
+        let left_secs = token.not_after_unix_secs.checked_sub(now.unix_secs)?;
+        // To the instant: a grant that ended with the second in which it was given would outlive its token by what is over of that.
+        let left_ns = left_secs.saturating_mul(1_000_000_000).saturating_sub(now.unix_subsec_ns.into());
         let deadline_ns = now.boot_ns.saturating_add(left_ns.min(GRANT_MAX_NS));
         let key = (ask.fingerprint, ask.server_id);
         let held = match self.held.get(&key) {

@@ -155,4 +155,6 @@ pub struct Now {
     pub boot_ns: u64,
     /// Seconds since 1970: the tokens' claims.
     pub unix_secs: u64,
+    /// How much of the next second is over, in nanoseconds.
+    pub unix_subsec_ns: u32,
 }

@@ -23,6 +23,7 @@ pub struct Claims {
 }
 
 /// The claims by the serials of their grants.
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug, Default)]
 pub(super) struct Remembered {
     by_serial: HashMap<u64, Claims>,

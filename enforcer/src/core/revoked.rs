@@ -6,6 +6,7 @@ use super::Datapath;
 use crate::revocation::RevocationList;
 
 /// A copy of the list in the maps, as of an epoch of it.
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug, Default)]
 pub struct Revoked {
     list: RevocationList,

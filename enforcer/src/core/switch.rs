@@ -155,7 +155,7 @@ impl Engine {
         self.sweeper.wake(now);
         let mut ends = Vec::new();
         let consequences = look(all, &next.transition, datapath, |cookie, flow, loss| {
-            ends.push((cookie, flow.netns_cookie, loss))
+            ends.push((cookie, flow.netns_cookie, loss));
         })?;
         for (cookie, netns_cookie, loss) in ends {
             datapath.count(loss.name());

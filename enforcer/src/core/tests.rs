@@ -194,7 +194,7 @@ impl Bench {
             keys: world.keys(),
             token: world.token(),
             key,
-            now: Now { boot_ns: 1_000_000_000_000, unix_secs: NOW },
+            now: Now { boot_ns: 1_000_000_000_000, unix_secs: NOW, unix_subsec_ns: 0 },
             offset_bytes: 0,
             epoch: EPOCH,
         }
@@ -311,6 +311,16 @@ fn a_new_epoch_can_begin_inside_a_refused_body() {
     let good = bench.good("", "");
     bench.punt(format!("zzz{good}").as_bytes(), 0, 3);
     assert_eq!(bench.fake.server, good.as_bytes());
+    // That request was answered, or the kernel would say so: the next one may be refused, also in a record of its own.
+    for records in [
+        vec!["zzz".to_owned() + &Bench::refused(0, "")],
+        vec!["zz".into(), "z".into(), Bench::refused(0, "")],
+    ] {
+        let mut bench = Bench::new();
+        records.iter().for_each(|bytes| bench.punt(bytes.as_bytes(), 0, 3));
+        assert!(bench.fake.client.starts_with(b"HTTP/1.1 401 ") && bench.fake.destroyed.is_empty());
+        assert!(!bench.last_back().1.pipelined);
+    }
 }
 
 #[test]
@@ -367,6 +377,17 @@ fn observe_mode_follows_and_touches_nothing() {
     bench.punt(b"\0", PUNT_OBSERVED, 0);
     assert!(bench.fake.destroyed.is_empty());
     assert_eq!(bench.last_back().1.ctl, Ctl::new(State::Opaque, EPOCH, 0));
+}
+
+#[test]
+fn a_grant_ends_with_its_token_to_the_instant() {
+    let mut bench = Bench::new();
+    bench.now.unix_secs = World::new().verify().unwrap().not_after_unix_secs - 10;
+    bench.now.unix_subsec_ns = 400_000_000;
+    let request = bench.good("", "");
+    bench.punt(request.as_bytes(), 0, 0);
+    let grant = bench.fake.grants.values().next().copied().unwrap();
+    assert_eq!(grant.deadline_ns, bench.now.boot_ns + 9_600_000_000);
 }
 
 #[test]
@@ -636,7 +657,8 @@ fn a_wall_clock_that_is_set_moves_no_deadline() {
         bench.punt(request.as_bytes(), 0, 0);
         assert_eq!(bench.fake.server.len(), read, "{unix_secs}");
     }
-    bench.now = Now { boot_ns: first.deadline_ns + QUARANTINE_NS, unix_secs: set_right - 86_400 };
+    bench.now =
+        Now { boot_ns: first.deadline_ns + QUARANTINE_NS, unix_secs: set_right - 86_400, unix_subsec_ns: 0 };
     bench.engine.tick(bench.now, &mut bench.fake);
     assert_eq!(bench.fake.grants[&0].serial, 0);
 }

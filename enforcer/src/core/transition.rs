@@ -159,9 +159,8 @@ impl Transition {
         let servers =
             self.old.0.get(&endpoint_id).map(|endpoint| endpoint.servers.as_slice()).unwrap_or_default();
         for (id, old) in servers.iter().filter(|(_, old)| !old.public_paths.is_empty()) {
-            let new = match self.servers.get(id).map(|fate| &fate.new) {
-                Some(Ok(new)) => new,
-                _ => return Err(Loss::PublicPathRemoved),
+            let Some(Ok(new)) = self.servers.get(id).map(|fate| &fate.new) else {
+                return Err(Loss::PublicPathRemoved);
             };
             if !all_in(&old.public_paths, &new.public_paths) {
                 return Err(Loss::PublicPathRemoved);

@@ -131,7 +131,9 @@ fn write(
     write_endpoints(&new.numbers, engine, kernel)?;
     let all = engine.carry(next, generation, &new.keys.snapshot(), now, kernel)?;
     let config = kernel.maps().live.configuration()?;
-    kernel.maps().set_config(Config { generation, mode: mode(&new.policy), ..config })?;
+    let heartbeat_limit_ns = new.policy.daemon_timeout.as_nanos() as u64;
+    let mode = mode(&new.policy);
+    kernel.maps().set_config(Config { generation, mode, heartbeat_limit_ns, ..config })?;
     Ok(all)
 }
 

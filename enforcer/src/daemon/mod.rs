@@ -76,9 +76,12 @@ pub struct RunOptions {
 
 /// Both clocks, now.
 fn now() -> Now {
-    let unix_secs =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    Now { boot_ns: BootInstant::now().since_boot().as_nanos() as u64, unix_secs }
+    let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Now {
+        boot_ns: BootInstant::now().since_boot().as_nanos() as u64,
+        unix_secs: unix.as_secs(),
+        unix_subsec_ns: unix.subsec_nanos(),
+    }
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -182,7 +185,8 @@ async fn enforce(
     let hangup = signal(SignalKind::hangup())?;
     let keys = KeyManager::start(Arc::clone(policy));
     // Guarded first, then keys: what comes meanwhile waits.
-    let Up { mut engine, mut kernel, mut ring, numbers, mut orphans } = plan.bring_up(policy, &options.state)?;
+    let Up { mut engine, mut kernel, mut ring, numbers, mut orphans } =
+        plan.bring_up(policy, &options.state)?;
     // Before anybody is told that the servers are guarded, and before keys come.
     let (seen, mut seen_later) = mpsc::unbounded_channel();
     let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;

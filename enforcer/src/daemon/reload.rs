@@ -36,6 +36,9 @@ pub(super) enum ReloadError {
     Failed(#[from] anyhow::Error),
 }
 
+/// Another policy, if it is another one.
+type Outcome = Result<Option<Box<Prepared>>, ReloadError>;
+
 /// Something to be prepared.
 enum Job {
     /// The policy file is read again.
@@ -51,7 +54,7 @@ pub(super) enum Event {
     /// Somebody asks at the control socket.
     Order(Order),
     /// A policy is prepared, or there is no other one.
-    Prepared(Result<Option<Box<Prepared>>, ReloadError>),
+    Prepared(Outcome),
 }
 
 /// Policy changes of a running daemon.
@@ -61,7 +64,7 @@ pub(super) struct Reloads {
     hangup: Signal,
     watched: Option<mpsc::Receiver<()>>,
     orders: mpsc::Receiver<Order>,
-    running: Option<(Job, JoinHandle<Result<Option<Box<Prepared>>, ReloadError>>)>,
+    running: Option<(Job, JoinHandle<Outcome>)>,
     waiting: VecDeque<Job>,
     in_force: InForce,
     _control: Control,
@@ -164,7 +167,7 @@ impl Reloads {
                 answers.extend(answer);
             }
             None => {
-                self.queue(Job::Reload { triggers: vec![trigger], answers: answer.into_iter().collect() })
+                self.queue(Job::Reload { triggers: vec![trigger], answers: answer.into_iter().collect() });
             }
         }
     }
@@ -199,7 +202,7 @@ impl Reloads {
     fn finish(
         &mut self,
         job: Job,
-        result: Result<Option<Box<Prepared>>, ReloadError>,
+        result: Outcome,
         lock: &mut DaemonLock,
         engine: &mut Engine,
         kernel: &mut Kernel,
@@ -270,7 +273,7 @@ fn report(engine: &Engine, diff: PolicyDiff, warnings: Vec<String>, consequences
 
 fn response(result: Result<Report, ReloadError>) -> Response {
     match result {
-        Ok(report) => Response::Done(report),
+        Ok(report) => Response::Done(Box::new(report)),
         Err(ReloadError::Rejected(errors)) => Response::Rejected { error: errors.to_string() },
         Err(ReloadError::Failed(error)) => Response::Failed { error: format!("{error:#}") },
     }
@@ -336,7 +339,7 @@ struct Old {
 }
 
 /// Reads, parses, compiles and compares a policy, has its keys fetched and the grants judged. `None`: it is the old one.
-async fn prepare(source: Source, old: Old) -> Result<Option<Box<Prepared>>, ReloadError> {
+async fn prepare(source: Source, old: Old) -> Outcome {
     let failed = |error: tokio::task::JoinError| ReloadError::Failed(error.into());
     let (loaded, revocations) = tokio::task::spawn_blocking(move || match source {
         Source::File { path, revocations } => (policy::load(&path), Some(revocations)),

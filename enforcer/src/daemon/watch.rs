@@ -77,7 +77,7 @@ pub(super) fn start(path: PathBuf) -> std::io::Result<mpsc::Receiver<()>> {
                 match now {
                     Some(_) => drop(changed.try_send(())),
                     None => {
-                        warn!(path = %path.display(), "the policy file is gone; the policy stays in force")
+                        warn!(path = %path.display(), "the policy file is gone; the policy stays in force");
                     }
                 }
                 last = now;
@@ -98,7 +98,7 @@ async fn event(inotify: &AsyncFd<Events>) {
         }
     }
     // No events are to be had: what is left is to look now and then.
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Watches the directories on the way to the file; those that are watched already stay so.

@@ -77,7 +77,7 @@ impl Watcher {
                 match Self::start(&self.bpffs, &self.pin_name, self.started_ns) {
                     Ok(watcher) => *self = watcher,
                     Err(error) => {
-                        warn!(%error, "no watcher: what a crash leaves ends when the next daemon starts")
+                        warn!(%error, "no watcher: what a crash leaves ends when the next daemon starts");
                     }
                 }
             }

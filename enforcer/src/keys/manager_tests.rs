@@ -15,7 +15,7 @@ use url::Url;
 use super::fetch::{fetch, metadata_urls};
 use super::transport::check_url;
 use super::{FetchError, Fetched, Freshness, KeyManager, KeyManagerHandle};
-use crate::policy::{Algorithm, Issuer, KeySource, Mode, Policy};
+use crate::policy::{Algorithm, DEFAULT_DAEMON_TIMEOUT, Issuer, KeySource, Mode, Policy};
 use crate::token::testing::{TestKey, issuer};
 
 fn jwks(kids: &[&str]) -> String {
@@ -133,7 +133,7 @@ fn authority(name: &str) -> (String, TlsAcceptor) {
 
 fn start(issuer: Issuer) -> KeyManagerHandle {
     KeyManager::start(Arc::new(Policy {
-        daemon_timeout: crate::policy::DEFAULT_DAEMON_TIMEOUT,
+        daemon_timeout: DEFAULT_DAEMON_TIMEOUT,
         mode: Mode::Enforce,
         issuers: vec![Arc::new(issuer)],
         servers: Vec::new(),

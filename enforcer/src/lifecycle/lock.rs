@@ -198,10 +198,17 @@ fn lock_path(dir: &Path, pin_name: &str) -> PathBuf {
     dir.join(format!("{pin_name}.lock"))
 }
 
+/// The daemon writes its record in place, as the file is its lock: one that is half written is read again.
 fn read_record(path: &Path) -> Option<LockRecord> {
-    let mut text = Vec::new();
-    File::open(path).ok()?.take(MAX_RECORD_BYTES).read_to_end(&mut text).ok()?;
-    serde_json::from_slice(&text).ok()
+    for _attempt in 0..ATTEMPTS {
+        let mut text = Vec::new();
+        File::open(path).ok()?.take(MAX_RECORD_BYTES).read_to_end(&mut text).ok()?;
+        if let Ok(record) = serde_json::from_slice(&text) {
+            return Some(record);
+        }
+        std::thread::sleep(ATTEMPT_PAUSE);
+    }
+    None
 }
 
 #[cfg(test)]

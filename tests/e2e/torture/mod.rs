@@ -134,8 +134,13 @@ impl Drop for Scene {
 pub(crate) fn enforce(cgroup: Cgroup, listen: &[SocketAddr]) -> Result<(Enforcement, Issuer)> {
     let issuer = Issuer::new("https://issuer.test", Alg::Es256)?;
     let corp = IssuerSpec::from_file("corp", &issuer);
-    let policy = PolicySpec::new(vec![corp], vec![ServerSpec::new("tortured", listen, RESOURCE)]);
+    let policy = PolicySpec::new(vec![corp], vec![server(listen)]);
     Ok((Enforcement::start(cgroup, &policy)?, issuer))
+}
+
+/// The server at these endpoints, as policy has it.
+pub(crate) fn server(listen: &[SocketAddr]) -> ServerSpec {
+    ServerSpec::new("tortured", listen, RESOURCE)
 }
 
 /// A good token that was never seen before.

@@ -110,7 +110,7 @@ impl Bench {
             write_seq: 0,
             interface: 0,
         };
-        let now = Now { boot_ns: 1_000_000_000_000, unix_secs: NOW };
+        let now = Now { boot_ns: 1_000_000_000_000, unix_secs: NOW, unix_subsec_ns: 0 };
         // The grants stay; what else was written is of no interest, and would pile up.
         let grants = std::mem::take(&mut self.fake.grants);
         self.fake = Fake::default();

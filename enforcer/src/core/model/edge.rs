@@ -9,6 +9,7 @@ use enforcer_common::flow::{self, Ctl, CtlWord as _};
 use super::kernel::{Answer, COOKIE, Fault, Kernel, Queued, Step, Word};
 use super::search::Choices;
 use crate::core::{Datapath, HandBack};
+use crate::revocation::Revocations;
 
 /// The daemon's way into the kernel. Before each call that matters anything else may happen.
 pub(super) struct Edge<'a> {
@@ -104,6 +105,18 @@ impl Datapath for Edge<'_> {
     }
 
     fn destroy_stray(&mut self, _: u64, _: u64, _: u32, _: Ends) {}
+
+    fn revocation_epoch(&mut self) -> Result<u64, Self::Error> {
+        Ok(0)
+    }
+
+    fn revocations(&mut self) -> Result<Revocations, Self::Error> {
+        Ok(Revocations::default())
+    }
+
+    fn set_grant_slots(&mut self, _: u32) -> Result<(), Self::Error> {
+        Ok(())
+    }
 
     fn flows(&mut self, each: &mut dyn FnMut(u64, &Flow)) -> Result<(), Self::Error> {
         self.kernel.flow.iter().for_each(|flow| each(COOKIE, flow));

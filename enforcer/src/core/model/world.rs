@@ -103,7 +103,7 @@ impl World {
             in_batch: false,
             key_requests: Vec::new(),
             orphans: None,
-            now: Now { boot_ns: NOW_NS, unix_secs: NOW },
+            now: Now { boot_ns: NOW_NS, unix_secs: NOW, unix_subsec_ns: 0 },
         }
     }
 

@@ -68,7 +68,8 @@ fn what_the_new_policy_allows_goes_on_under_its_generation() {
 
 #[test]
 fn what_it_does_not_allow_is_revoked_and_its_stream_ended() {
-    let changes: [(&str, fn(&mut Server)); 4] = [
+    type Change = fn(&mut Server);
+    let changes: [(&str, Change); 4] = [
         ("insufficient-scope", |server| server.scopes.push("more".into())),
         ("audience-mismatch", |server| server.resource = "https://other.example/mcp".into()),
         ("issuer-unknown", |server| server.issuers = Vec::new()),

@@ -87,7 +87,15 @@ pub fn find(pins: &PinDir) -> Result<Unguarded, UnguardedError> {
         .map_err(|source| LiveError::Map { name: map::ENDPOINTS, source })?;
     let cgroup_id = attached_cgroup(&pins.pin(LINK_PIN)).map_err(UnguardedError::Link)?;
     let scope = scope(cgroup_id.ok_or(UnguardedError::Detached)?)?;
-    look(&endpoints, &scope, |cookie| live.flows.get(&cookie, 0).is_ok())
+    let is_flow = |cookie| live.flows.get(&cookie, 0).is_ok();
+    let mut found = look(&endpoints, &scope, is_flow)?;
+    if !found.connections.is_empty() {
+        // One that ended since it was listed has lost its record, and is not there a second time.
+        let again = look(&endpoints, &scope, is_flow)?.connections;
+        let still: BTreeSet<u64> = again.iter().map(|socket| socket.cookie).collect();
+        found.connections.retain(|socket| still.contains(&socket.cookie));
+    }
+    Ok(found)
 }
 
 /// As [`find`], for endpoints and a cgroup that nothing is attached to yet.
