@@ -43,7 +43,7 @@ pub fn judge(verdict: &Verdict, grant: Option<&Grant>, config: &Config, now_ns: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::MODE_ENFORCE;
+    use crate::abi::{HeadDigest, MODE_ENFORCE};
 
     const NOW_NS: u64 = 1_000;
 
@@ -63,6 +63,7 @@ mod tests {
 
     fn verdict() -> Verdict {
         Verdict {
+            digest: HeadDigest { lo: 0, hi: 0 },
             kind: VERDICT_ALLOW,
             index: 3,
             grant_serial: 11,

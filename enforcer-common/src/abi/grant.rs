@@ -22,9 +22,14 @@ pub const VERDICT_PUBLIC: u32 = 3;
 
 /// What was decided about a head: `VERDICTS`, an LRU hash by [`HeadDigest`]. Writer and deleter: the daemon.
 /// Reader: judge. 65,536 entries; an evicted verdict is a miss, so the head is judged again.
+///
+/// An LRU hash hands an element that was replaced or evicted on to another key at once. So the value says itself whose it is: a reader
+/// copies the fields and looks at `digest` last.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
+    /// Its key. First, because the kernel copies a value in ascending order.
+    pub digest: HeadDigest,
     /// `VERDICT_*`.
     pub kind: u32,
     /// `VERDICT_ALLOW`: slot in `GRANTS`. `VERDICT_DENY`: index in `REPLIES`.
@@ -40,8 +45,8 @@ pub struct Verdict {
     /// Length of the head, in bytes.
     pub head_bytes: u32,
 }
-assert_layout!(Verdict, 40, [
-    kind: u32, index: u32, grant_serial: u64, generation: u64, deadline_ns: u64, server_id: u32, head_bytes: u32,
+assert_layout!(Verdict, 56, [
+    digest: HeadDigest, kind: u32, index: u32, grant_serial: u64, generation: u64, deadline_ns: u64, server_id: u32, head_bytes: u32,
 ]);
 
 /// How many limit buckets a grant can name.

@@ -73,9 +73,13 @@ fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter>
     const OPAQUE: u64 = State::Opaque as u64;
     let state = Ctl(flow.ctl).state();
     if flow.flags & FLOW_OBSERVE != 0 {
-        // A flow that nobody can follow must not outlive the policy that only observes.
-        let over = state == OPAQUE && config().is_none_or(|config| config.mode != MODE_OBSERVE);
-        return if over { Some(Counter::GateDead) } else { None };
+        if config().is_some_and(|config| config.mode == MODE_OBSERVE) {
+            return None;
+        }
+        // What passed only because the policy observed, and is in the middle of it, must not outlive that policy.
+        if state == OPAQUE || state == DEAD || state == PUNTED {
+            return Some(Counter::GateDead);
+        }
     }
     if state == DEAD {
         return Some(Counter::GateDead);

@@ -15,13 +15,22 @@ use crate::maps::HOLD;
 /// Whether the server has read bytes before one was judged. (An end of the stream counts for one byte.)
 #[inline(always)]
 pub(crate) fn reads_past(tcp: *const u8, flow: &Flow) -> bool {
-    if flow.requests != 0 || flow.punts != 0 || flow.flags & FLOW_OBSERVE != 0 {
-        return false;
-    }
-    if !matches!(Ctl(flow.ctl).state(), HEAD) {
-        return false;
-    }
+    // First: the judge, on another CPU perhaps, writes the record before the bytes that it judged count as read.
     let read = copied_seq(tcp).wrapping_sub(flow.first_byte_seq);
+    // SAFETY: fields of a valid map value. Volatile, and so after the read above.
+    let (requests, punts, ctl) = unsafe {
+        (
+            (&raw const flow.requests).read_volatile(),
+            (&raw const flow.punts).read_volatile(),
+            (&raw const flow.ctl).read_volatile(),
+        )
+    };
+    if requests != 0 || punts != 0 || flow.flags & FLOW_OBSERVE != 0 {
+        return false;
+    }
+    if !matches!(Ctl(ctl).state(), HEAD) {
+        return false;
+    }
     read > 1 && (read as i32) > 0
 }
 

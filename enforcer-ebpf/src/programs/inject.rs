@@ -47,6 +47,10 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
     if removed != 0 {
         return failed();
     }
+    // Before a byte can be read: the hand-back may be late, and the next request's come in its place.
+    if header.grant_serial != 0 {
+        use_grant(flow, header.grant_serial);
+    }
     count(counter);
     SOCKETS.redirect_skb(ctx, header.cookie, flags) as u32
 }

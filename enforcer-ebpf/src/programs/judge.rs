@@ -1,15 +1,17 @@
 //! `sk_skb/stream_verdict` on the guarded sockets: passes, answers or hands over each request.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
     Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, FLOW_PUNTED_ONCE, Flow, MODE_ENFORCE, MODE_OBSERVE,
-    PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, reply_digits,
+    PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict, reply_digits,
 };
 use enforcer_common::chunked::{ChunkStep, Chunked};
 use enforcer_common::flow::{Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next};
-use enforcer_common::head::{HeadInfo, Miss};
+use enforcer_common::head::{HeadInfo, Miss, zero_words};
 use enforcer_common::verdict::{self, Known};
 
 use super::punt::{self, Event, Handed};
@@ -132,9 +134,15 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     // Between two requests a flow takes on the mode of the policy in force. Without a branch, which the verifier would follow through
     // all that comes after it.
     flow.flags = flow.flags & !FLOW_OBSERVE | config.mode >> 1 & FLOW_OBSERVE;
-    let (info, verdict) = match recognise::head(input.skb, flow) {
-        Head::Read(info, Some(verdict)) => (info, verdict),
-        Head::Read(info, None) => {
+    let mut verdict = MaybeUninit::<Verdict>::uninit();
+    // SAFETY: seven words, integers only.
+    let verdict = unsafe {
+        zero_words::<7>(verdict.as_mut_ptr().cast());
+        verdict.assume_init_mut()
+    };
+    let info = match recognise::head(input.skb, flow, verdict) {
+        Head::Read(info, true) => info,
+        Head::Read(info, false) => {
             return punt(input, flow, config, now_ns, Counter::PuntUnknown, Some(info));
         }
         Head::Miss(miss) => {
@@ -226,8 +234,9 @@ fn punt(
     reason: Counter,
     info: Option<HeadInfo>,
 ) -> Outcome {
-    let alive =
-        config.abi_version != 0 && now_ns.wrapping_sub(config.heartbeat_ns) < config.heartbeat_limit_ns;
+    // Signed: the daemon may have shown itself since `now_ns` was read.
+    let age_ns = now_ns.wrapping_sub(config.heartbeat_ns) as i64;
+    let alive = config.abi_version != 0 && age_ns < config.heartbeat_limit_ns as i64;
     if alive || flow.flags & FLOW_OBSERVE != 0 {
         return Outcome::Punt(reason, 0);
     }

@@ -16,8 +16,8 @@ use crate::maps::{DIGEST_KEY, SCRATCH, Slot, VERDICTS};
 /// What became of recognising a head.
 #[must_use]
 pub(crate) enum Head {
-    /// Its framing, and what was decided about it if it is known.
-    Read(HeadInfo, Option<&'static Verdict>),
+    /// Its framing, and whether it is known: then what was decided about it is where the caller wants it.
+    Read(HeadInfo, bool),
     /// The daemon's parser must see it.
     Miss(Miss),
     /// No scratch memory was free.
@@ -37,14 +37,14 @@ const IRREGULAR: u64 = u64::MAX;
 
 /// Recognises the head at the start of an skb.
 #[inline(always)]
-pub(crate) fn head(skb: Skb<'_>, flow: &mut Flow) -> Head {
+pub(crate) fn head(skb: Skb<'_>, flow: &mut Flow, verdict: &mut Verdict) -> Head {
     let Some(key) = DIGEST_KEY.get(0) else { return Head::Failed };
     let Some((index, slot)) = acquire() else { return Head::NoScratch };
     if index != 0 {
         count(Counter::ScratchNested);
     }
     // SAFETY: the slot is a valid map value, and ours until it is released.
-    let head = unsafe { in_slot(skb, flow, key, &raw mut (*slot).head) };
+    let head = unsafe { in_slot(skb, flow, key, &raw mut (*slot).head, verdict) };
     release(slot);
     match head {
         Ok(head) => head,
@@ -55,7 +55,13 @@ pub(crate) fn head(skb: Skb<'_>, flow: &mut Flow) -> Head {
 /// First with a layout that this connection's heads had before, which saves the scan. Only if that finds no verdict is the head
 /// scanned, and only the scan says what an unknown head is.
 #[inline(always)]
-unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut HeadBuf) -> Result<Head, Failed> {
+unsafe fn in_slot(
+    skb: Skb<'_>,
+    flow: &mut Flow,
+    key: &DigestKey,
+    buf: *mut HeadBuf,
+    verdict: &mut Verdict,
+) -> Result<Head, Failed> {
     let endpoint_id = flow.endpoint_id;
     let len = skb.len();
     let len = if len > HEAD_MAX_BYTES as u32 { HEAD_MAX_BYTES as u32 } else { len };
@@ -71,10 +77,8 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
     // SAFETY: as above.
     if remembered(flow, unsafe { &*buf }, len, &mut layout) {
         let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, digest);
-        if content_length != IRREGULAR
-            && let Some(verdict) = verdict_of(digest)
-        {
-            return Ok(Head::Read(HeadInfo::new(&layout, content_length), Some(verdict)));
+        if content_length != IRREGULAR && verdict_of(digest, verdict) != 0 {
+            return Ok(Head::Read(HeadInfo::new(&layout, content_length), true));
         }
         // Masked in vain.
         // SAFETY: as above.
@@ -95,11 +99,11 @@ unsafe fn in_slot(skb: Skb<'_>, flow: &mut Flow, key: &DigestKey, buf: *mut Head
     if content_length == IRREGULAR {
         return Ok(Head::Miss(Miss::Irregular));
     }
-    let verdict = verdict_of(digest);
-    if verdict.is_some() {
+    let known = verdict_of(digest, verdict) != 0;
+    if known {
         remember(flow, &layout);
     }
-    Ok(Head::Read(HeadInfo::new(&layout, content_length), verdict))
+    Ok(Head::Read(HeadInfo::new(&layout, content_length), known))
 }
 
 /// The one of the flow's layouts that may fit.
@@ -159,10 +163,26 @@ extern "C" fn mask_range(buf: *mut HeadBuf, from: u32, to: u32) -> u32 {
     u32::from(mask_value(unsafe { &mut *buf }, from, to))
 }
 
-#[inline(always)]
-fn verdict_of(digest: &HeadDigest) -> Option<&'static Verdict> {
-    // SAFETY: verdicts are only replaced as a whole.
-    unsafe { VERDICTS.get(digest) }
+/// Copies the verdict of a digest; 0: there is none. A global function, as above.
+///
+/// The element may become another head's while it is read, if this program is interrupted: the map hands it on at once. Its digest, which
+/// is written first and read last, tells.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn verdict_of(digest: *const HeadDigest, out: *mut Verdict) -> u32 {
+    if digest.is_null() || out.is_null() {
+        return 0;
+    }
+    // SAFETY: the callers' pointers are valid; the verifier checks each access against the types' sizes. The element is valid memory,
+    // whoever's it is.
+    unsafe {
+        let digest = &*digest;
+        let Some(found) = VERDICTS.get_ptr(digest) else { return 0 };
+        out.write(found.read_volatile());
+        let lo = (&raw const (*found).digest.lo).read_volatile();
+        let hi = (&raw const (*found).digest.hi).read_volatile();
+        u32::from(lo == digest.lo && hi == digest.hi)
+    }
 }
 
 #[inline(always)]

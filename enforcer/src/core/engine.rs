@@ -340,7 +340,7 @@ impl Engine {
             }
             PUNT_CLOSED => self.forget(header.cookie),
             PUNT_DEAD => {
-                if header.reason == Counter::DeadUnjudged as u32 {
+                if header.reason == Counter::DeadUnjudged as u32 && self.log.admit() {
                     warn!(
                         cookie = header.cookie,
                         endpoint = header.endpoint_id,
@@ -842,6 +842,7 @@ impl Engine {
             return;
         }
         let verdict = Verdict {
+            digest,
             kind,
             index,
             grant_serial,
@@ -943,7 +944,11 @@ impl Punted {
             return Ok(());
         }
         let ctl = Ctl::new(State::Punted, self.epoch, self.received_bytes);
-        datapath.to_server(server_id, cookie, ctl, bytes).map_err(|_| EngineError::InjectFailed)
+        let grant_serial = match self.stage {
+            Stage::Pass { grant_serial, .. } | Stage::Done { grant_serial } => grant_serial,
+            Stage::Head | Stage::Waiting | Stage::Discard { .. } | Stage::Closing => 0,
+        };
+        datapath.to_server(server_id, cookie, ctl, grant_serial, bytes).map_err(|_| EngineError::InjectFailed)
     }
 
     /// Bytes of a body whose request is decided.

@@ -43,11 +43,19 @@ pub trait Datapath {
     /// Why a call failed.
     type Error: std::fmt::Display;
 
-    /// Bytes for the server of a flow that the daemon owns in `ctl`'s epoch.
+    /// Bytes for the server of a flow that the daemon owns in `ctl`'s epoch, by the right of a grant (0: none is needed). The flow
+    /// remembers the grant before the server can read a byte: a hand-back may come late, and another request before it.
     ///
     /// # Errors
     /// Part of them may have gone: the flow must be destroyed.
-    fn to_server(&mut self, server_id: u32, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), Self::Error>;
+    fn to_server(
+        &mut self,
+        server_id: u32,
+        cookie: u64,
+        ctl: Ctl,
+        grant_serial: u64,
+        bytes: &[u8],
+    ) -> Result<(), Self::Error>;
 
     /// An answer for the client of such a flow.
     ///

@@ -179,7 +179,8 @@ impl Engine {
         let mut all = AllCarried::default();
         for slot in 0..self.grants.slots_used() {
             let grant = datapath.grant(slot)?;
-            if grant.serial == 0 || grant.revoked != 0 {
+            // A token whose time is over is the sweep's; its connection may have gone on with the next one.
+            if grant.serial == 0 || grant.revoked != 0 || grant.ends_at_unix_secs <= now.unix_secs {
                 continue;
             }
             let holds = match (next.judged.get(&grant.serial), self.grants.remembered.get(grant.serial)) {

@@ -31,6 +31,8 @@ pub(super) struct Fake {
     client: Vec<u8>,
     backs: Vec<(Ctl, HandBack)>,
     destroyed: BTreeSet<u64>,
+    /// Serials of the grants by whose right bytes went to the server.
+    used: Vec<u64>,
     pub(super) verdicts: BTreeMap<HeadDigest, Verdict>,
     pub(super) grants: BTreeMap<u32, Grant>,
     labels: BTreeMap<u32, GrantLabel>,
@@ -76,11 +78,13 @@ impl Datapath for Fake {
         _server_id: u32,
         _cookie: u64,
         _ctl: Ctl,
+        grant_serial: u64,
         bytes: &[u8],
     ) -> Result<(), Self::Error> {
         if self.full {
             return Err("full");
         }
+        self.used.push(grant_serial);
         self.server.extend_from_slice(bytes);
         Ok(())
     }
@@ -377,6 +381,18 @@ fn observe_mode_follows_and_touches_nothing() {
     bench.punt(b"\0", PUNT_OBSERVED, 0);
     assert!(bench.fake.destroyed.is_empty());
     assert_eq!(bench.last_back().1.ctl, Ctl::new(State::Opaque, EPOCH, 0));
+}
+
+#[test]
+fn a_flow_knows_its_grant_before_the_server_has_a_byte() {
+    // The next request comes before the first one is handed back, and needs no grant of its own.
+    let mut bench = Bench::new();
+    let first = bench.good("Content-Length: 4\r\n", "");
+    bench.punt(first.as_bytes(), 0, 0);
+    bench.punt(b"body", 0, 0);
+    bench.punt(Bench::refused(0, "").as_bytes(), 0, 0);
+    let serial = bench.fake.grants.values().next().unwrap().serial;
+    assert_eq!(bench.fake.used, [serial, serial]);
 }
 
 #[test]

@@ -143,15 +143,14 @@ impl Transition {
         if self.enforces_now && flow.flags & FLOW_OBSERVE != 0 {
             return Err(Loss::Observed);
         }
-        let mut used_a_grant = false;
         for (server_id, holds) in grants {
-            used_a_grant = true;
             holds?;
             if !endpoint.servers.iter().any(|(id, _)| *id == server_id) {
                 return Err(Loss::ListenerRemoved);
             }
         }
-        if used_a_grant || flow.requests == 0 { Ok(()) } else { self.public_paths_hold(flow.endpoint_id) }
+        // A connection that uses tokens may have an answer from a public path as well.
+        if flow.requests == 0 { Ok(()) } else { self.public_paths_hold(flow.endpoint_id) }
     }
 
     /// Everything that was open without a token on an endpoint still is.

@@ -92,8 +92,15 @@ impl Kernel {
 impl Datapath for Kernel {
     type Error = KernelError;
 
-    fn to_server(&mut self, server_id: u32, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), KernelError> {
-        Ok(self.injectors.to_server(server_id, cookie, ctl, bytes)?)
+    fn to_server(
+        &mut self,
+        server_id: u32,
+        cookie: u64,
+        ctl: Ctl,
+        grant_serial: u64,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        Ok(self.injectors.to_server(server_id, cookie, ctl, grant_serial, bytes)?)
     }
 
     fn to_client(&mut self, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), KernelError> {

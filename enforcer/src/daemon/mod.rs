@@ -249,6 +249,15 @@ async fn enforce(
                     unload(&pins, &UnloadOptions { drain_timeout, force: false })
                 }));
             }
+            // Before all that clients and issuers can make much of.
+            _ = heartbeat.tick() => {
+                if let Err(error) = kernel.heartbeat(now().boot_ns) {
+                    error!(%error, "cannot write the heartbeat; the kernel will refuse unknown requests");
+                }
+                watcher.keep_alive();
+                engine.tick(now(), &mut kernel);
+                kernel.destroy_due(now().boot_ns);
+            }
             Some(KeyRequest { cookie, epoch, .. }) = refreshed.recv() => {
                 engine.keys_refreshed(cookie, epoch, now(), &reloads.keys().snapshot(), &mut kernel);
             }
@@ -265,14 +274,6 @@ async fn enforce(
                 read_all(ring.get_mut(), &mut engine, &mut kernel, reloads.keys());
                 ask_for_keys(&mut engine, reloads.keys(), &answers);
                 engine.end_orphans(&std::mem::take(&mut orphans), &mut kernel);
-            }
-            _ = heartbeat.tick() => {
-                if let Err(error) = kernel.heartbeat(now().boot_ns) {
-                    error!(%error, "cannot write the heartbeat; the kernel will refuse unknown requests");
-                }
-                watcher.keep_alive();
-                engine.tick(now(), &mut kernel);
-                kernel.destroy_due(now().boot_ns);
             }
             report = async { unloading.as_mut().expect("guarded by the condition").await }, if unloading.is_some() => {
                 let report = report??;

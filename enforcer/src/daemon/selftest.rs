@@ -256,6 +256,7 @@ impl Bench {
         self.maps.set_verdict(
             digest,
             Verdict {
+                digest,
                 kind,
                 index: 0,
                 grant_serial: serial,
@@ -280,7 +281,7 @@ impl Bench {
                     continue;
                 }
                 let punted = Ctl::new(State::Punted, epoch, u64::from(len_bytes));
-                self.injectors.to_server(0, cookie, punted, bytes).map_err(setup)?;
+                self.injectors.to_server(0, cookie, punted, 0, bytes).map_err(setup)?;
                 let head = Ctl::new(State::Head, epoch, 0);
                 return self
                     .injectors

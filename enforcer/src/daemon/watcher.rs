@@ -143,6 +143,10 @@ pub fn watch(pins: &PinDir, watched: Watched) -> Result<(), LiveError> {
                     return Ok(());
                 }
                 left -= 1;
+                // What was parked while we looked may be a new daemon's.
+                if next(&maps.live.configuration()?, watched, super::now().boot_ns) == Next::Leave {
+                    return Ok(());
+                }
                 end(&parked, &mut destroyer);
             }
         }

@@ -72,7 +72,7 @@ impl Injectors {
         theirs.extend([sink, peer]);
         let injectors = Self { ours, _theirs: theirs };
         let none = Ctl(0);
-        injectors.carry(0, INJECT_TO_SINK, 0, none, b"x")?;
+        injectors.carry(0, INJECT_TO_SINK, 0, none, 0, b"x")?;
         Ok(injectors)
     }
 
@@ -96,7 +96,15 @@ impl Injectors {
         }
     }
 
-    fn carry(&self, pair: u32, kind: u32, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), InjectError> {
+    fn carry(
+        &self,
+        pair: u32,
+        kind: u32,
+        cookie: u64,
+        ctl: Ctl,
+        grant_serial: u64,
+        bytes: &[u8],
+    ) -> Result<(), InjectError> {
         for part in bytes.chunks(PUNT_CHUNK_BYTES) {
             let header = InjectHeader {
                 cookie,
@@ -104,7 +112,7 @@ impl Injectors {
                 new_ctl: 0,
                 remaining_bytes: 0,
                 chunked: 0,
-                grant_serial: 0,
+                grant_serial,
                 kind,
                 write_seq_mark: 0,
                 flags: 0,
@@ -115,12 +123,20 @@ impl Injectors {
         Ok(())
     }
 
-    /// Bytes for the server of a flow that is ours in `ctl`'s epoch.
+    /// Bytes for the server of a flow that is ours in `ctl`'s epoch, by the right of a grant (0: none is needed), which the flow
+    /// remembers.
     ///
     /// # Errors
     /// See [`InjectError`]; part of the bytes may have gone.
-    pub fn to_server(&self, server_id: u32, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), InjectError> {
-        self.carry(server_id % SERVER_PAIRS, INJECT_TO_SERVER, cookie, ctl, bytes)
+    pub fn to_server(
+        &self,
+        server_id: u32,
+        cookie: u64,
+        ctl: Ctl,
+        grant_serial: u64,
+        bytes: &[u8],
+    ) -> Result<(), InjectError> {
+        self.carry(server_id % SERVER_PAIRS, INJECT_TO_SERVER, cookie, ctl, grant_serial, bytes)
     }
 
     /// An answer for the client of such a flow.
@@ -128,7 +144,7 @@ impl Injectors {
     /// # Errors
     /// See [`InjectError`].
     pub fn to_client(&self, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), InjectError> {
-        self.carry(self.client_pair(cookie), INJECT_TO_CLIENT, cookie, ctl, bytes)
+        self.carry(self.client_pair(cookie), INJECT_TO_CLIENT, cookie, ctl, 0, bytes)
     }
 
     fn client_pair(&self, cookie: u64) -> u32 {

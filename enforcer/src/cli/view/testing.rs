@@ -1,8 +1,8 @@
 //! Map values for tests.
 
 use enforcer_common::abi::{
-    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, Flow, Grant, GrantLabel, MODE_ENFORCE,
-    ServerLabel, VERDICT_ALLOW, Verdict, text,
+    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, Flow, Grant, GrantLabel, HeadDigest,
+    MODE_ENFORCE, ServerLabel, VERDICT_ALLOW, Verdict, text,
 };
 use enforcer_common::flow::{Ctl, State};
 
@@ -104,6 +104,7 @@ pub(super) fn label(serial: u64, subject: &str, client_id: &str) -> GrantLabel {
 /// An allow by the grant in slot 4.
 pub(super) fn verdict(grant_serial: u64) -> Verdict {
     Verdict {
+        digest: HeadDigest { lo: 0, hi: 0 },
         kind: VERDICT_ALLOW,
         index: 4,
         grant_serial,

@@ -53,7 +53,7 @@ impl Edge<'_> {
 impl Datapath for Edge<'_> {
     type Error = &'static str;
 
-    fn to_server(&mut self, _: u32, _: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), Self::Error> {
+    fn to_server(&mut self, _: u32, _: u64, ctl: Ctl, _: u64, bytes: &[u8]) -> Result<(), Self::Error> {
         self.meanwhile()?;
         if !self.may_inject(ctl) {
             return Ok(());
