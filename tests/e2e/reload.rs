@@ -3,10 +3,10 @@
 mod common;
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::{Guarded, GuardedBuilder, IssuerSpec, PolicySpec, ServerSpec};
@@ -16,10 +16,8 @@ use enforcer_tests::recorder::{Answer, Config, RemoteRecorder};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use common::{LIMIT, NOT_LOADED, TIMEOUT, assert_refusal};
+use common::{LIMIT, NOT_LOADED, SOON, TIMEOUT, assert_refusal, flows_on, open_stream};
 
-/// Streams end within a second; on a machine that does other work at the same time the clock is not to be trusted further.
-const SOON: Duration = Duration::from_secs(5);
 /// Exit code of the command line: the policy has defects.
 const REJECTED: i32 = 4;
 const OTHER_RESOURCE: &str = "https://other.example.com/mcp";
@@ -59,24 +57,6 @@ fn wait_for_reload(guarded: &Guarded, trigger: &str, ok: bool) -> Result<Value> 
     wait_until(&format!("a reload by {trigger} that is {ok}"), TIMEOUT, || {
         last_reload(guarded).filter(|last| last["ok"] == ok && last["trigger"] == trigger)
     })
-}
-
-/// A connection with an open stream.
-fn open_stream(addr: SocketAddr, request: &[u8]) -> Result<Connection> {
-    let mut connection = Connection::open(addr, TIMEOUT)?;
-    connection.send(request)?;
-    let head = connection.read_head()?;
-    ensure!(head.status == 200, "{head:?}");
-    flows_on(&mut connection)?;
-    Ok(connection)
-}
-
-/// More events come.
-fn flows_on(connection: &mut Connection) -> Result<()> {
-    for _ in 0..10 {
-        ensure!(!connection.read_some(65_536)?.is_empty(), "the stream has ended");
-    }
-    Ok(())
 }
 
 /// Reads until the connection is closed.
@@ -127,7 +107,7 @@ fn sighup_with_another_audience_refuses_old_tokens() -> Result<()> {
     let _deadline = Deadline::new("reload: audience", LIMIT);
     let mut guarded = unwatched("rl-audience").recorder(endless()).start()?;
     let old = guarded.call(Some(&guarded.token()?)).build();
-    let mut stream = open_stream(guarded.addr(), &old)?;
+    let mut stream = open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &old)?;
     let server = ServerSpec::new("tools", &[guarded.addr()], OTHER_RESOURCE)
         .with("hosts", json!([guarded.host(), "mcp.example.com"]));
     let next = policy(&guarded, vec![server.clone()]);
@@ -135,7 +115,7 @@ fn sighup_with_another_audience_refuses_old_tokens() -> Result<()> {
     let hosts = json!([guarded.host()]);
     reload(&guarded, &policy(&guarded, vec![tools(&guarded).with("hosts", hosts)]))?;
     ends(&mut stream)?;
-    let mut stream = open_stream(guarded.addr(), &old)?;
+    let mut stream = open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &old)?;
     guarded.enforcement.write_policy(&next)?;
     guarded.enforcement.daemon()?.signal(Signal::SIGHUP)?;
     wait_for_reload(&guarded, "SIGHUP", true)?;
@@ -145,7 +125,7 @@ fn sighup_with_another_audience_refuses_old_tokens() -> Result<()> {
     let refused = Connection::open(guarded.addr(), TIMEOUT)?.roundtrip(&old)?;
     assert_eq!(refused.status, 401);
     let token = guarded.issuer.mint().audience(OTHER_RESOURCE).sign()?;
-    open_stream(guarded.addr(), &guarded.call(Some(&token)).build())?;
+    open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &guarded.call(Some(&token)).build())?;
     assert!(guarded.enforcement.log()?.contains("policy changed"));
     assert!(!guarded.enforcement.log()?.contains(&token), "a token in the log");
     Ok(())
@@ -157,7 +137,7 @@ fn a_bad_file_changes_nothing_and_shows_in_the_status() -> Result<()> {
     let guarded = Guarded::builder("rl-bad").recorder(endless()).start()?;
     let token = guarded.token()?;
     let good = guarded.call(Some(&token)).build();
-    let mut stream = open_stream(guarded.addr(), &good)?;
+    let mut stream = open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &good)?;
     let before = guarded.enforcement.cli_json(&["status"])?;
     let original = fs::read(guarded.enforcement.policy_path())?;
     let bad = policy(&guarded, vec![tools(&guarded).with("listen", json!(["127.0.0.1:0"])), tools(&guarded)]);
@@ -176,7 +156,7 @@ fn a_bad_file_changes_nothing_and_shows_in_the_status() -> Result<()> {
     let after = guarded.enforcement.cli_json(&["status"])?;
     assert_eq!(after["loaded"]["generation"], before["loaded"]["generation"]);
     flows_on(&mut stream)?;
-    drop(open_stream(guarded.addr(), &good)?);
+    drop(open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &good)?);
     fs::remove_file(guarded.enforcement.policy_path())?;
     let gone = guarded.enforcement.cli(&["reload"])?;
     assert_eq!(gone.status.code(), Some(REJECTED), "{}", gone.stderr);
@@ -224,7 +204,7 @@ fn a_server_that_is_removed_loses_its_streams_and_others_do_not() -> Result<()> 
     let other = RemoteRecorder::spawn(anywhere, &endless(), cgroup, None)?;
     let other_spec = ServerSpec::new("other", &[other.addr()], OTHER_RESOURCE);
     let bare = RequestBuilder::mcp_call(&other.addr().to_string(), "/mcp", None, "echo").build();
-    drop(open_stream(other.addr(), &bare)?);
+    drop(open_stream(Connection::open(other.addr(), TIMEOUT)?, &bare)?);
     // A server that comes is guarded from then on.
     let both = policy(&guarded, vec![other_spec, tools(&guarded)]);
     let report = reload(&guarded, &both)?;
@@ -239,9 +219,9 @@ fn a_server_that_is_removed_loses_its_streams_and_others_do_not() -> Result<()> 
     );
     let token = guarded.issuer.mint().audience(OTHER_RESOURCE).sign()?;
     let to_other = RequestBuilder::mcp_call(&other.addr().to_string(), "/mcp", Some(&token), "echo").build();
-    let mut goes = open_stream(other.addr(), &to_other)?;
+    let mut goes = open_stream(Connection::open(other.addr(), TIMEOUT)?, &to_other)?;
     let to_tools = guarded.call(Some(&guarded.token()?)).build();
-    let mut stays = open_stream(guarded.addr(), &to_tools)?;
+    let mut stays = open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &to_tools)?;
     let numbers = |guarded: &Guarded| guarded.enforcement.cli_json(&["servers"]);
     let before = numbers(&guarded)?;
     // It goes: its stream ends, the other one goes on under its number.
@@ -258,7 +238,7 @@ fn a_server_that_is_removed_loses_its_streams_and_others_do_not() -> Result<()> 
     assert_eq!((before.len(), after.len()), (2, 1));
     assert!(before.iter().any(|server| server["id"] == after[0]["id"] && server["name"] == "tools"));
     // What the policy does not name is not guarded.
-    drop(open_stream(other.addr(), &bare)?);
+    drop(open_stream(Connection::open(other.addr(), TIMEOUT)?, &bare)?);
     assert_eq!(
         Connection::open(guarded.addr(), TIMEOUT)?.roundtrip(&guarded.call(None).build())?.status,
         401
@@ -342,8 +322,11 @@ fn diff_foresees_what_a_reload_does_and_changes_nothing() -> Result<()> {
     let guarded = unwatched("rl-diff").recorder(endless()).start()?;
     let few = guarded.call(Some(&guarded.mint().scope("a").sign()?)).build();
     let many = guarded.call(Some(&guarded.mint().scope("a b").sign()?)).build();
-    let mut streams = [open_stream(guarded.addr(), &few)?, open_stream(guarded.addr(), &few)?];
-    let mut stays = open_stream(guarded.addr(), &many)?;
+    let mut streams = [
+        open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &few)?,
+        open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &few)?,
+    ];
+    let mut stays = open_stream(Connection::open(guarded.addr(), TIMEOUT)?, &many)?;
     let next = policy(&guarded, vec![tools(&guarded).with("scopes", json!(["b"]))]);
     let file = guarded.enforcement.policy_path().with_file_name("next.yaml");
     fs::write(&file, serde_json::to_vec_pretty(&next.document())?)?;

@@ -12,32 +12,12 @@ use enforcer_tests::raw::{Connection, Response};
 use enforcer_tests::recorder::{Answer, Config};
 use serde_json::{Value, json};
 
-use common::{LIMIT, TIMEOUT, wait_until_unavailable};
-
-/// Streams end within a second; on a machine that does other work at the same time the clock is not to be trusted further.
-const SOON: Duration = Duration::from_secs(5);
+use common::{LIMIT, SOON, TIMEOUT, flows_on, open_stream, wait_until_unavailable};
 
 /// The server answers everything with events, for longer than any test runs.
 fn endless() -> Config {
     let answer = Answer::Sse { events: 100_000, event_bytes: 10, interval_ms: 20 };
     Config { answer, ..Config::default() }
-}
-
-/// A connection with an open stream.
-fn open_stream(mut connection: Connection, request: &[u8]) -> Result<Connection> {
-    connection.send(request)?;
-    let head = connection.read_head()?;
-    ensure!(head.status == 200, "{head:?}");
-    flows_on(&mut connection)?;
-    Ok(connection)
-}
-
-/// More events come.
-fn flows_on(connection: &mut Connection) -> Result<()> {
-    for _ in 0..10 {
-        ensure!(!connection.read_some(65_536)?.is_empty(), "the stream has ended");
-    }
-    Ok(())
 }
 
 /// Reads until the connection is closed; for how long.

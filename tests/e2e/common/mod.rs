@@ -4,13 +4,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use enforcer_tests::enforcement::Guarded;
 use enforcer_tests::guard::wait_until;
 use enforcer_tests::issuer::Issuer;
-use enforcer_tests::raw::Response;
+use enforcer_tests::raw::{Connection, Response};
 use ring::hmac;
 use serde_json::json;
 
@@ -20,6 +20,9 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(180);
 pub(crate) const NOT_LOADED: i32 = 3;
 /// For one step.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Streams end within a second; on a machine that does other work at the same time the clock is not to be trusted further.
+pub(crate) const SOON: Duration = Duration::from_secs(5);
 
 /// Checks what holds for every refusal, also for one that the kernel stretched to its request's length.
 pub(crate) fn assert_refusal(response: &Response, status: u16, challenge: Option<&str>) {
@@ -82,5 +85,22 @@ pub(crate) fn assert_nothing_is_left(guarded: &Guarded) -> Result<()> {
     let status = guarded.enforcement.cli(&["status"])?;
     assert_eq!(status.status.code(), Some(NOT_LOADED), "{}", status.stdout);
     assert_eq!(self::status(guarded, &guarded.call(None).build())?, 200);
+    Ok(())
+}
+
+/// A connection with an open stream.
+pub(crate) fn open_stream(mut connection: Connection, request: &[u8]) -> Result<Connection> {
+    connection.send(request)?;
+    let head = connection.read_head()?;
+    ensure!(head.status == 200, "{head:?}");
+    flows_on(&mut connection)?;
+    Ok(connection)
+}
+
+/// More events come.
+pub(crate) fn flows_on(connection: &mut Connection) -> Result<()> {
+    for _ in 0..10 {
+        ensure!(!connection.read_some(65_536)?.is_empty(), "the stream has ended");
+    }
     Ok(())
 }
