@@ -180,7 +180,7 @@ pub enum Next {
 /// What the judge does with `len` bytes. `left` reads how many bytes of the message are to go; it is read behind the word, or it could
 /// be that of an earlier state. A state that is none, and [`State::Opaque`] outside of observe mode, let nothing through.
 #[inline(always)]
-pub fn next(word: &impl CtlWord, observed: bool, left: impl Fn() -> u64, len: u64) -> Next {
+pub fn next(word: &impl CtlWord, observed: impl Fn() -> bool, left: impl Fn() -> u64, len: u64) -> Next {
     const HEAD: u64 = State::Head as u64;
     const BODY: u64 = State::Body as u64;
     const CHUNKED: u64 = State::Chunked as u64;
@@ -204,7 +204,7 @@ pub fn next(word: &impl CtlWord, observed: bool, left: impl Fn() -> u64, len: u6
                 Advance::Past => Next::BehindDiscard(left),
             }
         }
-        OPAQUE if observed => Next::Pass(State::Opaque, 0),
+        OPAQUE if observed() => Next::Pass(State::Opaque, 0),
         _ => Next::Drop(State::Dead, 0),
     }
 }

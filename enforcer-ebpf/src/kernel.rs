@@ -4,12 +4,12 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::sk_action::SK_DROP;
 use aya_ebpf::helpers::{
-    bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_loop, bpf_sk_redirect_map, bpf_skb_load_bytes,
-    bpf_skb_store_bytes, bpf_skc_to_tcp_sock,
+    bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_loop, bpf_sk_redirect_map, bpf_skb_adjust_room,
+    bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skc_to_tcp_sock,
 };
 use aya_ebpf::programs::SkBuffContext;
 use core::ffi::c_void;
-use enforcer_common::abi::{Config, Counter, Flow};
+use enforcer_common::abi::{Config, Counter, FLOW_OBSERVE, Flow, MODE_OBSERVE};
 use enforcer_common::flow::{Ctl, CtlWord};
 
 use crate::maps::{CONFIG, COUNTERS, SINK};
@@ -65,6 +65,12 @@ pub(crate) fn now_ns() -> u64 {
 #[inline(always)]
 pub(crate) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
+}
+
+/// Whether nothing on the flow is refused: it began so, and the policy in force still wants it.
+#[inline(always)]
+pub(crate) fn observed(flow: &Flow) -> bool {
+    flow.flags & FLOW_OBSERVE != 0 && config().is_some_and(|config| config.mode == MODE_OBSERVE)
 }
 
 /// A flow's control word, read and written as a whole.
@@ -226,6 +232,23 @@ impl Skb<'_> {
         self.ctx.len()
     }
 
+    /// TCP's sequence number of the first byte. TCP keeps it where a verdict program finds `cb` (`struct tcp_skb_cb`, `struct
+    /// sk_skb_cb`); were it elsewhere, no byte would pass.
+    #[inline(always)]
+    pub(crate) fn first_byte_seq(&self) -> u32 {
+        // SAFETY: the verifier checks the context access.
+        unsafe { (&raw const (*self.raw()).cb[0]).read_volatile() }
+    }
+
+    /// Takes bytes off the front, all if there are fewer. The server's `copied_seq` moves on by what is left, as it must.
+    #[inline(always)]
+    pub(crate) fn cut_front(&self, bytes: u32) -> Result<(), Failed> {
+        let len = self.len();
+        let mut cut = Cut { skb: *self, left: if bytes < len { bytes } else { len } };
+        repeat(CUT_STEPS, cut_step, &mut cut)?;
+        if cut.left == 0 { Ok(()) } else { Err(Failed) }
+    }
+
     /// Cookie of the socket that the bytes came in on.
     #[inline(always)]
     pub(crate) fn cookie(&self) -> u64 {
@@ -341,6 +364,31 @@ impl Skb<'_> {
         }
         verdict
     }
+}
+
+/// The most bytes that one call of the helper takes off.
+const CUT_BYTES: u32 = 0xfff;
+/// Enough for the longest skb there is.
+const CUT_STEPS: u32 = (1 << 20) / CUT_BYTES;
+
+struct Cut<'a> {
+    skb: Skb<'a>,
+    left: u32,
+}
+
+extern "C" fn cut_step(_index: u32, cut: *mut Cut<'_>) -> i64 {
+    // SAFETY: `bpf_loop` hands back the pointer that it was given.
+    let cut = unsafe { &mut *cut };
+    let take = if cut.left < CUT_BYTES { cut.left } else { CUT_BYTES };
+    if take == 0 {
+        return 1;
+    }
+    // SAFETY: the context is valid.
+    if unsafe { bpf_skb_adjust_room(cut.skb.raw(), -(take as i32), 0, 0) } != 0 {
+        return 1;
+    }
+    cut.left -= take;
+    0
 }
 
 /// A pointer in a kernel structure.

@@ -118,10 +118,16 @@ counters! {
     /// The gate dropped a packet for a connection that is not accepted yet, because its server was seen to read what was not
     /// judged; its sender will repeat it.
     GateHeld = 44, "gate-held";
-    /// The server read bytes that were not judged (`splice`, zero-copy receive): the flow is dead.
+    /// The server read bytes that were not judged (`splice`, zero-copy receive), or some are missing: the flow is dead.
     DeadUnjudged = 45, "dead-unjudged";
     /// A judge ran inside another one on its CPU, in scratch memory of its own.
     ScratchNested = 46, "scratch-nested";
+    /// A packet's first bytes had come before (overlapping segments) and were cut off.
+    OverlapCut = 47, "overlap-cut";
+    /// The gate dropped a packet that is marked urgent.
+    GateUrgent = 48, "gate-urgent";
+    /// An answer of the kernel could not be sent: the flow is dead.
+    DeadReplyFailed = 49, "dead-reply-failed";
 }
 
 /// Size of `COUNTERS`.

@@ -75,11 +75,11 @@ pub struct Flow {
     pub interface: u32,
     /// Bytes that were dropped without waking the server; the kernel goes on counting them as unread. Wraps.
     pub swallowed_bytes: u32,
-    /// Sequence number of the first byte that the client may send.
-    pub first_byte_seq: u32,
+    /// Sequence number of the client's next byte that the judge has not seen.
+    pub next_byte_seq: u32,
 }
 assert_layout!(Flow, 344, [
-    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, caller_uid: u32, interface: u32, swallowed_bytes: u32, first_byte_seq: u32,
+    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, caller_uid: u32, interface: u32, swallowed_bytes: u32, next_byte_seq: u32,
 ]);
 
 /// Size of `FLOWS`.

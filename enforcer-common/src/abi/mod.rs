@@ -24,7 +24,7 @@ pub use reply::*;
 pub use revocation::*;
 
 /// Version of everything in this module. It moves when a layout or the meaning of a field does.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Names of the maps, as the loader, the pins and the CLI know them.
 pub mod map {

@@ -102,7 +102,7 @@ impl Shared {
                 Fault::FieldsFirst => early,
                 _ => self.remaining.load(Ordering::SeqCst),
             };
-            match next(&word, false, left, len) {
+            match next(&word, || false, left, len) {
                 // Each head is unknown here.
                 Next::Head => {
                     let ctl = word.load().punt(len);

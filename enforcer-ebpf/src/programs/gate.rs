@@ -7,6 +7,7 @@
 //! - A SYN that asks for MPTCP is dropped where the server would agree: MPTCP connections can't be guarded, and the client tries
 //!   again without.
 //! - Datagrams for a protected endpoint are dropped: HTTP/3 would lead around the judge.
+//! - A packet that is marked urgent is dropped: TCP would take its byte out of the stream, past the judge, and HTTP has no use for it.
 //! - A server that was seen to read past the judge gets no bytes before it accepts: see `hold.rs`.
 //! - The sender of a flow that the daemon owns is held back while the ring buffer fills, because dropped skbs leave its window open.
 //! - A server that does not read can't make the kernel queue without bound.
@@ -47,7 +48,7 @@ fn gate(ctx: SkBuffContext) -> i32 {
         None => unguarded(&ctx),
     };
     let Some(counter) = stop else { return PASS };
-    if matches!(counter, Counter::GateDatagram | Counter::GateMptcp) {
+    if matches!(counter, Counter::GateDatagram | Counter::GateMptcp | Counter::GateUrgent) {
         count(counter);
         return DROP;
     }
@@ -83,6 +84,9 @@ fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter>
     }
     if state == DEAD {
         return Some(Counter::GateDead);
+    }
+    if is_urgent(ctx) {
+        return Some(Counter::GateUrgent);
     }
     if state == HEAD && flow.requests == 0 && flow.punts == 0 {
         return first_bytes(ctx, cookie, flow);
@@ -129,6 +133,8 @@ fn unguarded(ctx: &SkBuffContext) -> Option<Counter> {
         if target.peer.port == 0 { Some(Counter::GateDatagram) } else { None }
     } else if target.is_mptcp_listener && asks_for_mptcp(ctx) {
         Some(Counter::GateMptcp)
+    } else if is_urgent(ctx) {
+        Some(Counter::GateUrgent)
     } else {
         Some(Counter::GateStray)
     }
@@ -229,6 +235,17 @@ fn asks_for_mptcp(ctx: &SkBuffContext) -> bool {
         }
     }
     false
+}
+
+/// Whether a TCP packet is marked urgent; also where that can't be told.
+#[inline(always)]
+fn is_urgent(ctx: &SkBuffContext) -> bool {
+    const URG: u8 = 0x20;
+    let flags = match tcp_offset(ctx) {
+        Some(tcp) => byte(ctx, tcp + 13),
+        None => None,
+    };
+    flags.is_none_or(|flags| flags & URG != 0)
 }
 
 /// Whether a TCP packet carries bytes; also where that can't be told. The context starts at the IP header.

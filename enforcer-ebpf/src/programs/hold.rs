@@ -9,14 +9,14 @@ use enforcer_common::abi::{Counter, FLOW_OBSERVE, Flow, PUNT_DEAD};
 use enforcer_common::flow::{Ctl, CtlWord as _, State};
 
 use super::punt::{self, Event};
-use crate::kernel::{CtlCell, copied_seq, count, now_ns};
+use crate::kernel::{CtlCell, copied_seq, count, now_ns, observed};
 use crate::maps::HOLD;
 
 /// Whether the server has read bytes before one was judged. (An end of the stream counts for one byte.)
 #[inline(always)]
 pub(crate) fn reads_past(tcp: *const u8, flow: &Flow) -> bool {
     // First: the judge, on another CPU perhaps, writes the record before the bytes that it judged count as read.
-    let read = copied_seq(tcp).wrapping_sub(flow.first_byte_seq);
+    let read = copied_seq(tcp).wrapping_sub(flow.next_byte_seq);
     // SAFETY: fields of a valid map value. Volatile, and so after the read above.
     let (requests, punts, ctl) = unsafe {
         (
@@ -42,7 +42,7 @@ pub(crate) fn found_out(cookie: u64, flow: &mut Flow) {
     count(Counter::DeadUnjudged);
     let ctl = CtlCell::new(&raw mut flow.ctl);
     ctl.store(ctl.load().to(State::Dead));
-    let _ = HOLD.insert(flow.local.wildcard(), now_ns(), 0);
+    hold(flow);
     punt::event(Event {
         kind: PUNT_DEAD,
         cookie,
@@ -52,6 +52,14 @@ pub(crate) fn found_out(cookie: u64, flow: &mut Flow) {
         interface: flow.interface,
         ends: None,
     });
+}
+
+/// Whatever listens on the flow's port is held from here on, unless nothing is refused there.
+#[inline(always)]
+pub(crate) fn hold(flow: &Flow) {
+    if !observed(flow) {
+        let _ = HOLD.insert(flow.local.wildcard(), now_ns(), 0);
+    }
 }
 
 /// Whether bytes must wait until the server has accepted the connection.

@@ -14,10 +14,11 @@ use enforcer_common::flow::{Advance, Claim, Ctl, CtlWord as _, Next, State, adva
 use enforcer_common::head::{HeadInfo, Miss, zero_words};
 use enforcer_common::verdict::{self, Known};
 
+use super::hold;
 use super::punt::{self, Event, Handed};
 use super::recognise::{self, Head};
 use super::use_grant;
-use crate::kernel::{CtlCell, Skb, config, count, now_ns, repeat};
+use crate::kernel::{CtlCell, Skb, config, count, now_ns, observed, repeat};
 use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
 
 const _: () = assert!(MODE_OBSERVE >> 1 == FLOW_OBSERVE && MODE_ENFORCE >> 1 == 0);
@@ -38,8 +39,16 @@ enum Outcome {
     Punt(Counter, u64),
     /// The flow is the daemon's already; taken care of before anything else.
     PuntMore,
-    /// Nothing passes any more.
-    Dead(Counter),
+    /// Nothing passes any more; bytes left as above. (The number has to be there: left undefined it may be spilled, which the verifier
+    /// refuses.)
+    Dead(Counter, u64),
+}
+
+impl Outcome {
+    #[inline(always)]
+    const fn dead(reason: Counter) -> Self {
+        Self::Dead(reason, 0)
+    }
 }
 
 /// One skb of a guarded connection.
@@ -68,7 +77,17 @@ fn judge(ctx: SkBuffContext) -> u32 {
     };
     // SAFETY: a valid map value. Only this program changes it while the flow is the kernel's, under the socket's lock.
     let flow = unsafe { &mut *flow };
+    let aligned = if flow.next_byte_seq == skb.first_byte_seq() { Ok(()) } else { align(skb, flow) };
     let mut input = Input { skb, cookie, len: u64::from(skb.len()), unanswered: false, write_seq: 0 };
+    flow.next_byte_seq = flow.next_byte_seq.wrapping_add(input.len as u32);
+    if let Err(reason) = aligned {
+        return dead(&input, flow, reason);
+    }
+    if input.len == 0 {
+        // Nothing was new but a FIN.
+        count(Counter::EndPassed);
+        return SK_PASS;
+    }
     let mut attempt = 0;
     let outcome = loop {
         let outcome = decide(&mut input, flow);
@@ -80,17 +99,30 @@ fn judge(ctx: SkBuffContext) -> u32 {
                 count(Counter::PuntContinued);
                 return hand_over(&input, flow, ctl, Counter::PuntContinued, 0);
             }
-            Claim::TooLong => break Outcome::Dead(Counter::DeadTooLong),
+            Claim::TooLong => break Outcome::dead(Counter::DeadTooLong),
             // The daemon handed the flow back at this very moment. The bytes follow all that it has injected, so they are judged
             // like any others; the flow can't become the daemon's again but by this program.
             Claim::HandedBack => {}
         }
         attempt += 1;
         if attempt == 2 {
-            break Outcome::Dead(Counter::DeadHelper);
+            break Outcome::dead(Counter::DeadHelper);
         }
     };
     act(&input, flow, outcome)
+}
+
+/// Cuts off what the judge has seen already: segments may overlap, TCP leaves it to its readers to skip what they have, and its
+/// `read_skb` doesn't. If bytes are missing, the server has read them, unjudged.
+#[inline(never)]
+fn align(skb: Skb<'_>, flow: &Flow) -> Result<(), Counter> {
+    let repeated = flow.next_byte_seq.wrapping_sub(skb.first_byte_seq()) as i32;
+    if repeated < 0 {
+        hold::hold(flow);
+        return Err(Counter::DeadUnjudged);
+    }
+    count(Counter::OverlapCut);
+    skb.cut_front(repeated as u32).map_err(|_| Counter::DeadHelper)
 }
 
 #[inline(always)]
@@ -98,23 +130,23 @@ fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     let word = CtlCell::new(&raw mut flow.ctl);
     // SAFETY: a valid map value. Volatile: a hand-back may have written it since this judge last looked.
     let left = || unsafe { (&raw const flow.remaining_bytes).read_volatile() };
-    match next(&word, flow.flags & FLOW_OBSERVE != 0, left, input.len) {
+    match next(&word, || observed(flow), left, input.len) {
         Next::Head => on_head(input, flow),
         Next::Pass(State::Opaque, left) => Outcome::Pass(Counter::OpaquePassed, State::Opaque, left),
         Next::Pass(state, left) => Outcome::Pass(Counter::BodyPassed, state, left),
         Next::Chunked => on_chunked(input, flow),
         Next::Claim => match look_for_answer(input, flow) {
             Ok(()) => Outcome::PuntMore,
-            Err(counter) => Outcome::Dead(counter),
+            Err(counter) => Outcome::dead(counter),
         },
         Next::Drop(State::Dead, left) => Outcome::Drop(Counter::DeadDropped, State::Dead, left),
         Next::Drop(state, left) => Outcome::Drop(Counter::BodyDiscarded, state, left),
         // The refusal was sent before, so the client may rightly be in its next request: no pipelining.
         Next::BehindDiscard(left) => match look_for_answer(input, flow) {
             Ok(()) => Outcome::Punt(Counter::PuntBehindDiscard, left),
-            Err(counter) => Outcome::Dead(counter),
+            Err(counter) => Outcome::dead(counter),
         },
-        Next::Pipelined => Outcome::Dead(Counter::DeadPipelined),
+        Next::Pipelined => Outcome::dead(Counter::DeadPipelined),
     }
 }
 
@@ -122,7 +154,7 @@ fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
 fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     let now_ns = now_ns();
     if let Err(counter) = look_for_answer(input, flow) {
-        return Outcome::Dead(counter);
+        return Outcome::dead(counter);
     }
     // In the record, not in a local, which the verifier would follow with each of its values through all that comes.
     flow.flags |= u32::from(input.unanswered) * FLOW_PIPELINED;
@@ -130,7 +162,7 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     flow.write_seq_mark = input.write_seq;
     flow.requests += 1;
     flow.last_request_ns = now_ns;
-    let Some(config) = config() else { return Outcome::Dead(Counter::DeadHelper) };
+    let Some(config) = config() else { return Outcome::dead(Counter::DeadHelper) };
     // Between two requests a flow takes on the mode of the policy in force. Without a branch, which the verifier would follow through
     // all that comes after it.
     flow.flags = flow.flags & !FLOW_OBSERVE | config.mode >> 1 & FLOW_OBSERVE;
@@ -150,8 +182,8 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
                 if miss == Miss::Incomplete { Counter::PuntIncomplete } else { Counter::PuntIrregular };
             return punt(input, flow, config, now_ns, reason, None);
         }
-        Head::NoScratch => return Outcome::Dead(Counter::DeadScratch),
-        Head::Failed => return Outcome::Dead(Counter::DeadHelper),
+        Head::NoScratch => return Outcome::dead(Counter::DeadScratch),
+        Head::Failed => return Outcome::dead(Counter::DeadHelper),
     };
     let grant = if verdict.kind == VERDICT_ALLOW { GRANTS.get_ptr_mut(verdict.index) } else { None };
     // SAFETY: a valid map value; see `Grant` for why a grant is never half of another.
@@ -193,26 +225,26 @@ fn pass_request(input: &Input<'_>, info: HeadInfo, counter: Counter) -> Outcome 
     match advance(u64::from(info.head_bytes) + info.content_length, input.len) {
         Advance::Within(left) => Outcome::Pass(counter, State::Body, left),
         Advance::End => Outcome::Pass(counter, State::Head, 0),
-        Advance::Past => Outcome::Dead(Counter::DeadPipelined),
+        Advance::Past => Outcome::dead(Counter::DeadPipelined),
     }
 }
 
 #[inline(always)]
 fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, counter: Counter) -> Outcome {
     if flow.flags & FLOW_PIPELINED != 0 {
-        return Outcome::Dead(Counter::DeadUnanswered);
+        return Outcome::dead(Counter::DeadUnanswered);
     }
     let left = match advance(u64::from(info.head_bytes) + info.content_length, input.len) {
         Advance::Within(left) => left,
         Advance::End => 0,
-        Advance::Past => return Outcome::Dead(Counter::DeadPipelined),
+        Advance::Past => return Outcome::dead(Counter::DeadPipelined),
     };
     let fits = REPLIES.get(reply_id).is_some_and(|reply| {
         reply.min_bytes != 0 && input.len >= u64::from(reply.min_bytes) && input.len <= REPLY_MAX_BYTES as u64
     });
     if !fits {
         return if matches!(counter, Counter::RefusedUnavailable) {
-            Outcome::Dead(Counter::DeadUnavailable)
+            Outcome::dead(Counter::DeadUnavailable)
         } else {
             Outcome::Punt(Counter::PuntReplyTooLong, 0)
         };
@@ -242,7 +274,7 @@ fn punt(
     }
     match info {
         Some(info) => refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable),
-        None => Outcome::Dead(Counter::DeadUnavailable),
+        None => Outcome::dead(Counter::DeadUnavailable),
     }
 }
 
@@ -260,16 +292,16 @@ fn on_chunked(input: &Input<'_>, flow: &mut Flow) -> Outcome {
     let mut walk =
         Walk { skb: input.skb, decoder: Chunked::from_bits(flow.chunked), at: 0, len: input.len, end: 0 };
     if repeat(CHUNK_STEPS, chunk_step, &mut walk).is_err() {
-        return Outcome::Dead(Counter::DeadHelper);
+        return Outcome::dead(Counter::DeadHelper);
     }
     flow.chunked = walk.decoder.to_bits();
     if walk.end == 2 || (walk.end == 0 && walk.at != walk.len) {
-        return Outcome::Dead(Counter::DeadChunked);
+        return Outcome::dead(Counter::DeadChunked);
     }
     match (walk.end == 1, walk.at == walk.len) {
         (false, _) => Outcome::Pass(Counter::BodyPassed, State::Chunked, 0),
         (true, true) => Outcome::Pass(Counter::BodyPassed, State::Head, 0),
-        (true, false) => Outcome::Dead(Counter::DeadPipelined),
+        (true, false) => Outcome::dead(Counter::DeadPipelined),
     }
 }
 
@@ -334,7 +366,10 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
             hand_over(input, flow, next, reason, skip_bytes)
         }
         Outcome::PuntMore => dead(input, flow, Counter::DeadHelper),
-        Outcome::Dead(reason) => dead(input, flow, reason),
+        Outcome::Dead(reason, left) => {
+            flow.remaining_bytes = left;
+            dead(input, flow, reason)
+        }
     }
 }
 
@@ -346,7 +381,7 @@ fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: Ctl, reason: Counter, skip
     let what = Handed { reason, flags, write_seq: input.write_seq, skip_bytes };
     match punt::bytes(input.skb, flow, input.cookie, ctl, &what) {
         // Observe mode: the daemon has a copy, the server gets the bytes.
-        Ok(()) if flow.flags & FLOW_OBSERVE != 0 => SK_PASS,
+        Ok(()) if observed(flow) => SK_PASS,
         Ok(()) => input.skb.swallow(flow),
         Err(counter) => dead(input, flow, counter),
     }
@@ -377,8 +412,12 @@ fn reply(input: &Input<'_>, flow: &mut Flow, counter: Counter, reply_id: u32, le
     let ctl = CtlCell::new(&raw mut flow.ctl);
     flow.remaining_bytes = left;
     ctl.store(ctl.load().to(if left == 0 { State::Head } else { State::Discard }));
+    let verdict = SOCKETS.redirect_skb(input.skb.ctx, input.cookie, 0) as u32;
+    if verdict == SK_DROP {
+        return dead(input, flow, Counter::DeadReplyFailed);
+    }
     count(counter);
-    SOCKETS.redirect_skb(input.skb.ctx, input.cookie, 0) as u32
+    verdict
 }
 
 /// Nothing passes on this flow any more, and the daemon is asked to destroy its socket. Observe mode refuses nothing, so
@@ -387,7 +426,7 @@ fn reply(input: &Input<'_>, flow: &mut Flow, counter: Counter, reply_id: u32, le
 fn dead(input: &Input<'_>, flow: &mut Flow, reason: Counter) -> u32 {
     let ctl = CtlCell::new(&raw mut flow.ctl);
     count(reason);
-    if flow.flags & FLOW_OBSERVE != 0 {
+    if observed(flow) {
         ctl.store(ctl.load().to(State::Opaque));
         return SK_PASS;
     }

@@ -47,7 +47,7 @@ static BLANK: Flow = Flow {
     write_seq_mark: 0,
     grants: [0; FLOW_GRANTS],
     evicted_grants: 0,
-    first_byte_seq: 0,
+    next_byte_seq: 0,
     caller_uid: u32::MAX,
     interface: 0,
     swallowed_bytes: 0,
@@ -70,8 +70,10 @@ fn tag_flow(ctx: SockOpsContext) -> u32 {
 
 fn established(ctx: &SockOpsContext) {
     let Some(local) = local(ctx) else { return };
-    let Some(endpoint) = endpoint(local) else { return };
+    // A copy: whoever replaces the entry replaces it as a whole.
+    let Some(&endpoint) = endpoint(local) else { return };
     let Some(config) = config() else { return };
+    let observe = config.mode == MODE_OBSERVE;
     if config.draining != 0 {
         return;
     }
@@ -84,6 +86,9 @@ fn established(ctx: &SockOpsContext) {
     let blank: &Flow = &BLANK;
     if FLOWS.insert(cookie, blank, 0).is_err() {
         count(Counter::FlowTableFull);
+        if observe {
+            return;
+        }
     }
     if let Some(flow) = FLOWS.get_ptr_mut(cookie) {
         // SAFETY: a valid map value. Until the state is written, which is the last thing, it lets nothing through.
@@ -94,9 +99,9 @@ fn established(ctx: &SockOpsContext) {
             (*flow).peer = peer(ctx);
             (*flow).endpoint_id = endpoint.endpoint_id;
             (*flow).unavailable_reply_id = endpoint.unavailable_reply_id;
-            (*flow).flags = if config.mode == MODE_OBSERVE { FLOW_OBSERVE } else { 0 };
+            (*flow).flags = if observe { FLOW_OBSERVE } else { 0 };
             (*flow).interface = interface;
-            (*flow).first_byte_seq = (*ctx.as_ptr().cast::<bpf_sock_ops>()).rcv_nxt;
+            (*flow).next_byte_seq = (*ctx.as_ptr().cast::<bpf_sock_ops>()).rcv_nxt;
             CtlCell::new(&raw mut (*flow).ctl).store(Ctl::new(State::Head, 0, 0));
         }
     }
@@ -112,12 +117,16 @@ fn established(ctx: &SockOpsContext) {
     };
     if result != 0 {
         // It can't be guarded (it speaks MPTCP, say), so it must not talk: the gate drops whatever comes for a dead flow, and the
-        // daemon destroys the socket.
+        // daemon destroys the socket. Where nothing is refused, it is left alone.
+        count(Counter::SocketFenced);
+        if observe {
+            let _ = FLOWS.remove(cookie);
+            return;
+        }
         if let Some(flow) = FLOWS.get_ptr_mut(cookie) {
             // SAFETY: a valid map value; no program but this one has seen it yet.
             CtlCell::new(unsafe { &raw mut (*flow).ctl }).store(Ctl::new(State::Dead, 0, 0));
         }
-        count(Counter::SocketFenced);
         punt::event(Event {
             kind: PUNT_FENCED,
             cookie,

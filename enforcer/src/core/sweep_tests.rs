@@ -32,7 +32,7 @@ pub(in crate::core) fn flow(grants: [u64; FLOW_GRANTS]) -> Flow {
         caller_uid: 0,
         interface: 0,
         swallowed_bytes: 0,
-        first_byte_seq: 0,
+        next_byte_seq: 0,
     }
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use enforcer_tests::enforcement::{Enforcement, skip};
 use enforcer_tests::guard::{Cgroup, Deadline, NetNs};
 use enforcer_tests::issuer::Issuer;
-use enforcer_tests::recorder::RemoteRecorder;
+use enforcer_tests::recorder::{Config, RemoteRecorder};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::common::LIMIT;
@@ -61,10 +61,15 @@ impl Wire {
             }
         };
         netns.ip(&["addr", "add", "10.232.0.1/24", "dev", "enftun"])?;
-        netns.ip(&["link", "set", "enftun", "up"])?;
+        netns.ip(&["link", "set", "enftun", "mtu", "65000", "up"])?;
         let cgroup = Cgroup::new(name)?;
         let listen = SocketAddr::from((SERVER, 0));
-        let server = RemoteRecorder::spawn(listen, &config(), Some(&cgroup), Some(&netns))?;
+        let server = RemoteRecorder::spawn(
+            listen,
+            &Config { keep_bytes: 1 << 17, ..config() },
+            Some(&cgroup),
+            Some(&netns),
+        )?;
         let (enforcement, issuer) = enforce(cgroup, &[server.addr()])?;
         Ok(Some(Self { server, issuer, enforcement, tun, port: 20_000, _netns: netns, _deadline: deadline }))
     }
@@ -278,6 +283,17 @@ fn segments_out_of_order_overlapping_and_repeated_are_judged_as_the_server_reads
                 "overlapping, the second with other bytes",
                 vec![part(&good, 0, two_thirds), part(&bad, third, length)],
             ),
+            ("overlapping", vec![part(&good, 0, two_thirds), part(&good, third, length)]),
+            (
+                "overlapping, out of order",
+                vec![
+                    part(&good, two_thirds, length),
+                    part(&good, third, length - 1),
+                    part(&good, 0, two_thirds),
+                ],
+            ),
+            ("the last byte alone is new", vec![part(&good, 0, length - 1), part(&good, 0, length)]),
+            ("bad, overlapping", vec![part(&bad, 0, two_thirds), part(&bad, third, length)]),
             ("a hole filled over other bytes", vec![part(&bad, third, two_thirds), part(&good, 0, length)]),
             ("a hole filled up to other bytes", vec![part(&bad, third, length), part(&good, 0, two_thirds)]),
             (
@@ -286,16 +302,6 @@ fn segments_out_of_order_overlapping_and_repeated_are_judged_as_the_server_reads
             ),
             ("bad", vec![part(&bad, 0, third), part(&bad, third, length)]),
             ("bad, last one first", vec![part(&bad, third, length), part(&bad, 0, third)]),
-            ("an urgent byte in the head", vec![(0, ACK | PSH | URG, 20, good.clone())]),
-            (
-                "an urgent byte at a split",
-                vec![
-                    (0, ACK | PSH | URG, u16::try_from(third)?, good[..third].to_vec()),
-                    part(&good, third, length),
-                ],
-            ),
-            ("an urgent byte in a bad head", vec![(0, ACK | PSH | URG, 20, bad.clone())]),
-            ("an urgent byte far ahead", vec![(0, ACK | PSH | URG, 60_000, good.clone())]),
             ("one byte a segment, backwards", (0..length).rev().map(|at| part(&good, at, at + 1)).collect()),
             ("with the end in the same segment", vec![(0, ACK | PSH | FIN, 0, good.clone())]),
             ("bad with the end in the same segment", vec![(0, ACK | PSH | FIN, 0, bad.clone())]),
@@ -332,6 +338,69 @@ fn segments_out_of_order_overlapping_and_repeated_are_judged_as_the_server_reads
         }
     }
     ensure!(wire.enforcement.counter("flow-tagged")? >= 2 * 18, "not all connections were guarded");
+    Ok(())
+}
+
+/// More is repeated than the kernel cuts off in one piece, in a body that passes as it comes, and in one that the daemon carries.
+#[test]
+fn long_overlaps_are_cut_off() -> Result<()> {
+    let name = "long_overlaps_are_cut_off";
+    let Some(mut wire) = Wire::new(name)? else { return Ok(()) };
+    let body: Vec<u8> = (0..50_000_u32).map(|at| (at % 251) as u8).collect();
+    let token = good_token(&wire.issuer)?;
+    let plain = post(&token).body(&body).build();
+    let chunked = post(&token).chunked_body(&body, 7_000).build();
+    for (what, request) in [("first seen", &plain), ("known", &plain), ("chunked", &chunked)] {
+        let mut raw = wire.connect()?;
+        raw.bytes(0, &request[..30_000])?;
+        raw.bytes(5_000, &request[5_000..40_000])?;
+        raw.bytes(12_000, &request[12_000..])?;
+        ensure!(raw.status(PATIENCE)? == Some(200), "{what}: not served");
+        let port = raw.port;
+        raw.abort(request.len())?;
+        let read = wire.read_by_server(port)?;
+        ensure!(read == *request, "{what}: the server read {} bytes of {}", read.len(), request.len());
+    }
+    ensure!(wire.enforcement.counter("overlap-cut")? == 6, "nothing was cut off");
+    Ok(())
+}
+
+/// TCP takes an urgent byte out of the stream, past the judge: a packet that is marked so does not arrive.
+#[test]
+fn urgent_packets_do_not_arrive() -> Result<()> {
+    let name = "urgent_packets_do_not_arrive";
+    let Some(mut wire) = Wire::new(name)? else { return Ok(()) };
+    let (good, bad) = (wire.good()?, wire.bad()?);
+    let length = good.len();
+    let third = length / 3;
+    for (what, bytes, pointer) in [
+        ("in the head", &good[..], 20),
+        ("at a split", &good[..third], third),
+        ("far ahead", &good[..], 60_000),
+        ("in a bad head", &bad[..], 20),
+        ("without a byte", &[][..], 1),
+    ] {
+        let dropped = wire.enforcement.counter("gate-urgent")?;
+        let mut raw = wire.connect()?;
+        raw.send(0, ACK | PSH | URG, u16::try_from(pointer)?, bytes)?;
+        raw.send(u32::try_from(third)?, ACK | PSH, 0, &good[third..])?;
+        ensure!(raw.status(Duration::from_millis(500))?.is_none(), "{what}: it was answered");
+        // What was lost may be repeated without the mark.
+        raw.send(0, ACK | PSH, 0, &good[..third])?;
+        ensure!(raw.status(PATIENCE)? == Some(200), "{what}: not served");
+        let port = raw.port;
+        raw.abort(length)?;
+        let read = wire.read_by_server(port)?;
+        ensure!(read == good, "{what}: the server read {:?}", String::from_utf8_lossy(&read));
+        ensure!(wire.enforcement.counter("gate-urgent")? == dropped + 1, "{what}: it was not dropped");
+    }
+    // In the packet that ends the handshake.
+    let mut raw = wire.half_open()?;
+    raw.send(0, ACK | URG, 1, b"")?;
+    raw.send(0, ACK, 0, b"")?;
+    raw.bytes(0, &good)?;
+    ensure!(raw.status(PATIENCE)? == Some(200), "not served behind a handshake");
+    ensure!(wire.enforcement.counter("gate-urgent")? == 6, "it was not dropped");
     Ok(())
 }
 

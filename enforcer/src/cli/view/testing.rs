@@ -58,7 +58,7 @@ pub(super) fn flow(endpoint_id: u32) -> Flow {
         write_seq_mark: 0,
         grants: [0; 4],
         evicted_grants: 0,
-        first_byte_seq: 0,
+        next_byte_seq: 0,
         caller_uid: u32::MAX,
         interface: 0,
         swallowed_bytes: 0,

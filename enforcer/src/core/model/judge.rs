@@ -20,7 +20,7 @@ impl Kernel {
             let Some(flow) = &mut self.flow else { return };
             let (punted, remaining_bytes) = (Ctl(flow.ctl), flow.remaining_bytes);
             let word = Word(Cell::from_mut(&mut flow.ctl));
-            match flow::next(&word, false, || remaining_bytes, len) {
+            match flow::next(&word, || false, || remaining_bytes, len) {
                 Next::Head => return self.on_head(request, bytes),
                 Next::Pass(state, left) => return self.pass(bytes, state, left),
                 Next::Chunked => return self.on_chunked(bytes),
