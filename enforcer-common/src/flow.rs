@@ -32,6 +32,9 @@ pub enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ctl(pub u64);
 
+const STATE_MASK: u64 = 0x7f;
+/// The flow was handed back, and its judge has not looked since.
+const HANDED: u64 = 0x80;
 const EPOCH_SHIFT: u32 = 8;
 const PUNTED_SHIFT: u32 = 24;
 const EPOCH_MASK: u64 = 0xffff;
@@ -50,7 +53,19 @@ impl Ctl {
     #[must_use]
     #[inline(always)]
     pub const fn state(self) -> u64 {
-        self.0 & 0xff
+        self.0 & STATE_MASK
+    }
+
+    /// Whether the judge has yet to take over what a hand-back left: [`settle`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_handed(self) -> bool {
+        self.0 & HANDED != 0
+    }
+
+    #[inline(always)]
+    const fn handed(self) -> Self {
+        Self(self.0 | HANDED)
     }
 
     /// Punt epoch.
@@ -138,15 +153,40 @@ pub fn claim(word: &impl CtlWord, len_bytes: u64) -> Claim {
     if word.replace(now, next) { Claim::Done(next) } else { Claim::HandedBack }
 }
 
-/// Gives a flow back to the kernel if it still is as the daemon saw it: whether it did. `fields` writes what belongs to the new state;
-/// it runs before the word changes, and only while the flow is the daemon's, so nobody reads those fields meanwhile.
+/// Gives a flow back to the kernel if it still is as the daemon saw it: whether it did. `fields` leaves what belongs to the new state;
+/// it runs before the word changes, and only while the flow is the daemon's, so nobody reads it meanwhile.
 #[inline(always)]
 pub fn hand_back(word: &impl CtlWord, expected: Ctl, new: Ctl, fields: impl FnOnce()) -> bool {
     if word.load() != expected || expected.state() != State::Punted as u64 {
         return false;
     }
     fields();
-    word.replace(expected, new)
+    word.replace(expected, new.handed())
+}
+
+/// Before the judge looks at a flow: `fields` takes over what a hand-back left, if there was one since. It runs behind the exchange of the
+/// word, which is a barrier. Gives the word that [`next`] is to go by; none if it changed meanwhile, which nobody else may do then.
+#[must_use]
+#[inline(always)]
+pub fn settle(word: &impl CtlWord, fields: impl FnOnce()) -> Option<Ctl> {
+    let now = word.load();
+    if !now.is_handed() {
+        return Some(now);
+    }
+    let settled = Ctl(now.0 & !HANDED);
+    if !word.replace(now, settled) {
+        return None;
+    }
+    fields();
+    Some(settled)
+}
+
+/// Ends a flow that is in `state`, whoever looks at it beside its judge: whether it did.
+#[must_use]
+#[inline(always)]
+pub fn end(word: &impl CtlWord, state: State) -> bool {
+    let now = word.load();
+    now.state() == state as u64 && word.replace(now, now.to(State::Dead))
 }
 
 /// Whether the daemon may put bytes into a flow, `meant` being the word that it believes in: it owns the flow, in that epoch.
@@ -177,33 +217,29 @@ pub enum Next {
     Pipelined,
 }
 
-/// What the judge does with `len` bytes. `left` reads how many bytes of the message are to go; it is read behind the word, or it could
-/// be that of an earlier state. A state that is none, and [`State::Opaque`] outside of observe mode, let nothing through.
+/// What the judge does with `len` bytes, by the word that it has [`settle`]d; `left` of the message are to go. A state that is none, and [`State::Opaque`] outside of observe mode, let nothing through.
 #[inline(always)]
-pub fn next(word: &impl CtlWord, observed: impl Fn() -> bool, left: impl Fn() -> u64, len: u64) -> Next {
+pub fn next(now: Ctl, observed: impl Fn() -> bool, left: u64, len: u64) -> Next {
     const HEAD: u64 = State::Head as u64;
     const BODY: u64 = State::Body as u64;
     const CHUNKED: u64 = State::Chunked as u64;
     const PUNTED: u64 = State::Punted as u64;
     const DISCARD: u64 = State::Discard as u64;
     const OPAQUE: u64 = State::Opaque as u64;
-    match word.load().state() {
+    match now.state() {
         HEAD => Next::Head,
-        BODY => match advance(left(), len) {
+        BODY => match advance(left, len) {
             Advance::Within(left) => Next::Pass(State::Body, left),
             Advance::End => Next::Pass(State::Head, 0),
             Advance::Past => Next::Pipelined,
         },
         CHUNKED => Next::Chunked,
         PUNTED => Next::Claim,
-        DISCARD => {
-            let left = left();
-            match advance(left, len) {
-                Advance::Within(left) => Next::Drop(State::Discard, left),
-                Advance::End => Next::Drop(State::Head, 0),
-                Advance::Past => Next::BehindDiscard(left),
-            }
-        }
+        DISCARD => match advance(left, len) {
+            Advance::Within(left) => Next::Drop(State::Discard, left),
+            Advance::End => Next::Drop(State::Head, 0),
+            Advance::Past => Next::BehindDiscard(left),
+        },
         OPAQUE if observed() => Next::Pass(State::Opaque, 0),
         _ => Next::Drop(State::Dead, 0),
     }

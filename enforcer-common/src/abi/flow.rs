@@ -1,7 +1,7 @@
 //! Flow records.
 
 use super::{EndpointKey, assert_layout};
-use crate::head::LAYOUT_WORDS;
+use crate::head::{LAYOUT_WORDS, Layout};
 
 /// Layouts of heads that a flow remembers: an agent's calls come in a few shapes.
 pub const FLOW_LAYOUTS: usize = 4;
@@ -19,8 +19,12 @@ pub const FLOW_PIPELINED: u32 = 4;
 
 /// A guarded connection, what each known head touches first: `FLOWS`, a hash by socket cookie. 65,536 entries; a connection without a record gets nothing.
 ///
-/// Writers: sock_ops makes and deletes it; judge changes it under its socket's lock; inject changes `ctl` and the
-/// fields named there while the flow is punted. Readers: the CLI.
+/// Writers: sock_ops makes and deletes it; judge changes it under its socket's lock; inject changes `ctl`, `handed` and the grants
+/// while the flow is punted; gate and sock_ops make it dead. Readers: the CLI.
+///
+/// A deleted record's memory is another connection's at once, and inject and gate may hold a pointer to it. So the control words of two
+/// connections differ (their epochs begin with their cookies), what must not be a stranger's is changed by compare-and-swap only, and
+/// what inject writes beside it, no judge reads but behind its own flow's hand-back.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flow {
@@ -33,7 +37,7 @@ pub struct Flow {
     pub last_request_ns: u64,
     /// The server's send sequence when the last head came, to tell whether that request was answered.
     pub write_seq_mark: u32,
-    /// `FLOW_*` bits.
+    /// `FLOW_*` bits. Writers: sock_ops at the start, then judge.
     pub flags: u32,
     /// The protected endpoint.
     pub endpoint_id: u32,
@@ -77,9 +81,68 @@ pub struct Flow {
     pub swallowed_bytes: u32,
     /// Sequence number of the client's next byte that the judge has not seen.
     pub next_byte_seq: u32,
+    /// The key that the record is kept under.
+    pub cookie: u64,
+    /// What the last hand-back left for the judge.
+    pub handed: Handed,
 }
-assert_layout!(Flow, 344, [
-    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, caller_uid: u32, interface: u32, swallowed_bytes: u32, next_byte_seq: u32,
+
+/// What a hand-back tells the judge, which makes it its own when it next runs: [`crate::flow::settle`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Handed {
+    /// [`Flow::remaining_bytes`].
+    pub remaining_bytes: u64,
+    /// [`Flow::chunked`].
+    pub chunked: u64,
+    /// Serial of the grant that the request used; 0: none.
+    pub grant_serial: u64,
+    /// [`Flow::write_seq_mark`].
+    pub write_seq_mark: u32,
+    /// `FLOW_*` bits to set.
+    pub flags: u32,
+}
+assert_layout!(Handed, 32, [
+    remaining_bytes: u64, chunked: u64, grant_serial: u64, write_seq_mark: u32, flags: u32,
+]);
+
+const NOWHERE: EndpointKey = EndpointKey { addr: [0; 16], port: 0, family: 0, zero: 0 };
+
+impl Flow {
+    /// A record of nothing. Its state is none at all: no byte passes.
+    pub const BLANK: Self = Self {
+        ctl: 0,
+        requests: 0,
+        last_request_ns: 0,
+        write_seq_mark: 0,
+        flags: 0,
+        endpoint_id: 0,
+        unavailable_reply_id: 0,
+        allowed: 0,
+        next_layout: 0,
+        grants: [0; FLOW_GRANTS],
+        layouts: [Layout::NONE.words; FLOW_LAYOUTS],
+        remaining_bytes: 0,
+        chunked: 0,
+        netns_cookie: 0,
+        opened_ns: 0,
+        caller_cgroup_id: 0,
+        refused: 0,
+        punts: 0,
+        punted_bytes: 0,
+        local: NOWHERE,
+        peer: NOWHERE,
+        evicted_grants: 0,
+        caller_uid: u32::MAX,
+        interface: 0,
+        swallowed_bytes: 0,
+        next_byte_seq: 0,
+        cookie: 0,
+        handed: Handed { remaining_bytes: 0, chunked: 0, grant_serial: 0, write_seq_mark: 0, flags: 0 },
+    };
+}
+assert_layout!(Flow, 384, [
+    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, caller_uid: u32, interface: u32, swallowed_bytes: u32, next_byte_seq: u32, cookie: u64, handed: Handed,
 ]);
 
 /// Size of `FLOWS`.

@@ -1,9 +1,9 @@
-//! The race for a flow's control word, in every order that two CPUs can give it: the judge runs [`next`] and [`claim`], the inject
+//! The race for a flow's control word, in every order that two CPUs can give it: the judge runs [`settle`], [`next`] and [`claim`], the inject
 //! program [`may_inject`] and [`hand_back`], on the same word and fields. `shuttle` tries all orders, switching before each access to
 //! word, fields and queues.
 //!
-//! Accesses of one CPU happen in the program's order, as on x86. (On a machine that reorders loads, the load of the word would have to
-//! be an acquire, which the kernel's instruction set has since 6.15 only.)
+//! Accesses of one CPU happen in the program's order here. On a machine that reorders them, the exchanges of the word are barriers, between
+//! what a hand-back leaves and the judge that takes it over.
 //!
 //! Each scenario runs with the real functions, and with one thing left out at a time, which has to be found.
 
@@ -34,8 +34,12 @@ enum Fault {
     ClaimStores,
     /// The hand-back writes the fields behind the word.
     FieldsLast,
-    /// The judge reads the fields before the word.
+    /// The judge reads what was left before it looks at the word.
     FieldsFirst,
+    /// The judge looks at the word again when it has settled.
+    LooksAgain,
+    /// The judge does not take over what was left.
+    NotSettled,
     /// Bytes are injected whatever the epoch.
     InjectedBlindly,
 }
@@ -49,6 +53,7 @@ struct Shared {
     fault: Fault,
     ctl: AtomicU64,
     remaining: AtomicU64,
+    handed: AtomicU64,
     /// What the server gets, by number.
     server: Mutex<Vec<u64>>,
     /// Epoch, offset, first number, length.
@@ -77,6 +82,7 @@ impl Shared {
             fault,
             ctl: AtomicU64::new(Ctl::new(State::Head, 0, 0).0),
             remaining: AtomicU64::new(0),
+            handed: AtomicU64::new(0),
             server: Mutex::new(Vec::new()),
             ring: Mutex::new(VecDeque::new()),
         }
@@ -97,12 +103,18 @@ impl Shared {
     fn judge(&self, first: u64, len: u64) {
         let word = Word(self);
         for _ in 0..2 {
-            let early = self.remaining.load(Ordering::SeqCst);
-            let left = || match self.fault {
-                Fault::FieldsFirst => early,
-                _ => self.remaining.load(Ordering::SeqCst),
+            let early = self.handed.load(Ordering::SeqCst);
+            let fields = || {
+                let handed = match self.fault {
+                    Fault::NotSettled => return,
+                    Fault::FieldsFirst => early,
+                    _ => self.handed.load(Ordering::SeqCst),
+                };
+                self.remaining.store(handed, Ordering::SeqCst);
             };
-            match next(&word, || false, left, len) {
+            let now = settle(&word, fields).expect("nobody else changes the word");
+            let now = if self.fault == Fault::LooksAgain { word.load() } else { now };
+            match next(now, || false, self.remaining.load(Ordering::SeqCst), len) {
                 // Each head is unknown here.
                 Next::Head => {
                     let ctl = word.load().punt(len);
@@ -139,7 +151,7 @@ impl Shared {
 
     fn hand_back(&self, expected: Ctl, new: Ctl, left: u64) -> bool {
         let word = Word(self);
-        let fields = || self.remaining.store(left, Ordering::SeqCst);
+        let fields = || self.handed.store(left, Ordering::SeqCst);
         let now = word.load();
         match self.fault {
             Fault::BytesNotCompared if now.epoch() == expected.epoch() => hand_back(&word, now, new, fields),
@@ -148,7 +160,7 @@ impl Shared {
             }
             Fault::NoExchange if now == expected => {
                 fields();
-                word.store(new);
+                word.store(new.handed());
                 true
             }
             Fault::FieldsLast => {
@@ -296,6 +308,8 @@ fn each_part_of_the_protocol_is_needed() {
         Fault::ClaimStores,
         Fault::FieldsLast,
         Fault::FieldsFirst,
+        Fault::NotSettled,
+        Fault::LooksAgain,
     ] {
         assert!(found(one_packet, fault) || found(two_packets, fault), "{fault:?} is not found");
     }

@@ -6,7 +6,7 @@
 //! what came too early, which costs them a fifth of a second: no measure for everybody.
 
 use enforcer_common::abi::{Counter, FLOW_OBSERVE, Flow, PUNT_DEAD};
-use enforcer_common::flow::{Ctl, CtlWord as _, State};
+use enforcer_common::flow::{self, Ctl, State};
 
 use super::punt::{self, Event};
 use crate::kernel::{CtlCell, copied_seq, count, now_ns, observed};
@@ -36,12 +36,15 @@ pub(crate) fn reads_past(tcp: *const u8, flow: &Flow) -> bool {
 
 const HEAD: u64 = State::Head as u64;
 
-/// The flow is dead, and whatever listens on its port is held from here on.
+/// The flow is dead, and whatever listens on its port is held from here on; unless the record is another flow's by now.
 #[inline(always)]
 pub(crate) fn found_out(cookie: u64, flow: &mut Flow) {
+    // SAFETY: a field of a valid map value.
+    let ours = unsafe { (&raw const flow.cookie).read_volatile() } == cookie;
+    if !ours || !flow::end(&CtlCell::new(&raw mut flow.ctl), State::Head) {
+        return;
+    }
     count(Counter::DeadUnjudged);
-    let ctl = CtlCell::new(&raw mut flow.ctl);
-    ctl.store(ctl.load().to(State::Dead));
     hold(flow);
     punt::event(Event {
         kind: PUNT_DEAD,

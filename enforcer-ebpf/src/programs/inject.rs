@@ -10,7 +10,7 @@ use aya_ebpf::helpers::bpf_skb_adjust_room;
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
-    Counter, INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader,
+    Counter, Handed, INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader,
 };
 use enforcer_common::flow::{Ctl, hand_back, may_inject};
 
@@ -50,6 +50,12 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
     // Before a byte can be read: the hand-back may be late, and the next request's come in its place.
     if header.grant_serial != 0 {
         use_grant(flow, header.grant_serial);
+        // SAFETY: a valid map value, as below.
+        if unsafe { (&raw const (*flow).cookie).read_volatile() } != header.cookie {
+            // The flow is gone and its memory another one's, whose grants may be amiss now: it ends with any that is revoked.
+            unsafe { (&raw mut (*flow).evicted_grants).write_volatile(u64::MAX) };
+            return failed();
+        }
     }
     count(counter);
     SOCKETS.redirect_skb(ctx, header.cookie, flags) as u32
@@ -59,18 +65,16 @@ fn return_flow(header: &InjectHeader) -> u32 {
     let Some(flow) = FLOWS.get_ptr_mut(header.cookie) else { return failed() };
     // SAFETY: a valid map value.
     let word = CtlCell::new(unsafe { &raw mut (*flow).ctl });
-    // The daemon's datagrams come one after the other, so nobody else writes these fields; at worst the judge adds to the punted
-    // bytes meanwhile, and the exchange fails.
+    // The daemon's datagrams come one after the other, so nobody else writes this; a judge reads it only behind the exchange.
     // SAFETY: as above.
     let fields = || unsafe {
-        (&raw mut (*flow).remaining_bytes).write_volatile(header.remaining_bytes);
-        (&raw mut (*flow).chunked).write_volatile(header.chunked);
-        (&raw mut (*flow).write_seq_mark).write_volatile(header.write_seq_mark);
-        let flags = (&raw const (*flow).flags).read_volatile();
-        (&raw mut (*flow).flags).write_volatile(flags | header.flags);
-        if header.grant_serial != 0 {
-            use_grant(flow, header.grant_serial);
-        }
+        (&raw mut (*flow).handed).write_volatile(Handed {
+            remaining_bytes: header.remaining_bytes,
+            chunked: header.chunked,
+            grant_serial: header.grant_serial,
+            write_seq_mark: header.write_seq_mark,
+            flags: header.flags,
+        });
     };
     let done = hand_back(&word, Ctl(header.expected_ctl), Ctl(header.new_ctl), fields);
     count(if done { Counter::HandedBack } else { Counter::HandBackLate });

@@ -10,7 +10,9 @@ use enforcer_common::abi::{
     PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict, reply_digits,
 };
 use enforcer_common::chunked::{ChunkStep, Chunked};
-use enforcer_common::flow::{Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next};
+use enforcer_common::flow::{
+    Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next, settle,
+};
 use enforcer_common::head::{HeadInfo, Miss, zero_words};
 use enforcer_common::verdict::{self, Known};
 
@@ -128,9 +130,8 @@ fn align(skb: Skb<'_>, flow: &Flow) -> Result<(), Counter> {
 #[inline(always)]
 fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     let word = CtlCell::new(&raw mut flow.ctl);
-    // SAFETY: a valid map value. Volatile: a hand-back may have written it since this judge last looked.
-    let left = || unsafe { (&raw const flow.remaining_bytes).read_volatile() };
-    match next(&word, || observed(flow), left, input.len) {
+    let Some(now) = settle(&word, || take_over(flow)) else { return Outcome::dead(Counter::DeadHelper) };
+    match next(now, || observed(flow), flow.remaining_bytes, input.len) {
         Next::Head => on_head(input, flow),
         Next::Pass(State::Opaque, left) => Outcome::Pass(Counter::OpaquePassed, State::Opaque, left),
         Next::Pass(state, left) => Outcome::Pass(Counter::BodyPassed, state, left),
@@ -147,6 +148,20 @@ fn decide(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
             Err(counter) => Outcome::dead(counter),
         },
         Next::Pipelined => Outcome::dead(Counter::DeadPipelined),
+    }
+}
+
+/// What the daemon left with its hand-back.
+#[inline(always)]
+fn take_over(flow: &mut Flow) {
+    // SAFETY: a field of a valid map value. Volatile: inject wrote it since this judge last looked, perhaps.
+    let handed = unsafe { (&raw const flow.handed).read_volatile() };
+    flow.remaining_bytes = handed.remaining_bytes;
+    flow.chunked = handed.chunked;
+    flow.write_seq_mark = handed.write_seq_mark;
+    flow.flags |= handed.flags;
+    if handed.grant_serial != 0 {
+        use_grant(flow, handed.grant_serial);
     }
 }
 
@@ -213,9 +228,7 @@ fn look_for_answer(input: &mut Input<'_>, flow: &Flow) -> Result<(), Counter> {
     let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
         return Err(Counter::DeadHelper);
     };
-    // SAFETY: as in `decide`.
-    let mark = unsafe { (&raw const flow.write_seq_mark).read_volatile() };
-    input.unanswered = !answered(flow.requests == 0, mark, write_seq, acknowledged_seq);
+    input.unanswered = !answered(flow.requests == 0, flow.write_seq_mark, write_seq, acknowledged_seq);
     input.write_seq = write_seq;
     Ok(())
 }

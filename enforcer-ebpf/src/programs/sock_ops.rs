@@ -11,11 +11,10 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use enforcer_common::abi::{
-    Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_GRANTS, FLOW_LAYOUTS, FLOW_OBSERVE,
-    FLOW_PUNTED_ONCE, Flow, MODE_OBSERVE, PUNT_CLOSED, PUNT_FENCED,
+    Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow, MODE_OBSERVE,
+    PUNT_CLOSED, PUNT_FENCED,
 };
 use enforcer_common::flow::{Ctl, State};
-use enforcer_common::head::Layout;
 
 use super::hold;
 use super::punt::{self, Event};
@@ -25,36 +24,8 @@ use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 
-/// A new flow's record, too large for the stack. Its state is none at all: the judge drops what comes.
-static BLANK: Flow = Flow {
-    ctl: 0,
-    remaining_bytes: 0,
-    chunked: 0,
-    netns_cookie: 0,
-    opened_ns: 0,
-    last_request_ns: 0,
-    caller_cgroup_id: 0,
-    requests: 0,
-    allowed: 0,
-    refused: 0,
-    punts: 0,
-    punted_bytes: 0,
-    local: NOWHERE,
-    peer: NOWHERE,
-    endpoint_id: 0,
-    unavailable_reply_id: 0,
-    flags: 0,
-    write_seq_mark: 0,
-    grants: [0; FLOW_GRANTS],
-    evicted_grants: 0,
-    next_byte_seq: 0,
-    caller_uid: u32::MAX,
-    interface: 0,
-    swallowed_bytes: 0,
-    layouts: [Layout::NONE.words; FLOW_LAYOUTS],
-    next_layout: 0,
-};
-const NOWHERE: EndpointKey = EndpointKey { addr: [0; 16], port: 0, family: 0, zero: 0 };
+/// A new flow's record, too large for the stack.
+static BLANK: Flow = Flow::BLANK;
 
 #[sock_ops]
 fn tag_flow(ctx: SockOpsContext) -> u32 {
@@ -102,7 +73,9 @@ fn established(ctx: &SockOpsContext) {
             (*flow).flags = if observe { FLOW_OBSERVE } else { 0 };
             (*flow).interface = interface;
             (*flow).next_byte_seq = (*ctx.as_ptr().cast::<bpf_sock_ops>()).rcv_nxt;
-            CtlCell::new(&raw mut (*flow).ctl).store(Ctl::new(State::Head, 0, 0));
+            (*flow).cookie = cookie;
+            // Seen by another CPU that still holds the memory's last flow, the word is none that it knows.
+            CtlCell::new(&raw mut (*flow).ctl).store(Ctl::new(State::Head, cookie as u32, 0));
         }
     }
     let mut key = cookie;

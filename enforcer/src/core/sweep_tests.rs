@@ -6,34 +6,7 @@ const NOW: u64 = 1_000_000;
 
 pub(in crate::core) fn flow(grants: [u64; FLOW_GRANTS]) -> Flow {
     let end = EndpointKey { addr: [0; 16], port: 1, family: FAMILY_V4, zero: 0 };
-    Flow {
-        ctl: 0,
-        requests: 0,
-        last_request_ns: 0,
-        write_seq_mark: 0,
-        flags: 0,
-        endpoint_id: 0,
-        unavailable_reply_id: 0,
-        allowed: 0,
-        next_layout: 0,
-        grants,
-        layouts: [[0; 4]; 4],
-        remaining_bytes: 0,
-        chunked: 0,
-        netns_cookie: 0,
-        opened_ns: 0,
-        caller_cgroup_id: 0,
-        refused: 0,
-        punts: 0,
-        punted_bytes: 0,
-        local: end,
-        peer: end,
-        evicted_grants: 0,
-        caller_uid: 0,
-        interface: 0,
-        swallowed_bytes: 0,
-        next_byte_seq: 0,
-    }
+    Flow { grants, local: end, peer: end, ..Flow::BLANK }
 }
 
 fn grant(number: u64, principal_id: u64, ends_at_unix_secs: u64, revoked: u32) -> Grant {

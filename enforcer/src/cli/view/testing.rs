@@ -39,31 +39,11 @@ pub(super) fn endpoint(key: EndpointKey, endpoint_id: u32) -> (EndpointKey, Endp
 pub(super) fn flow(endpoint_id: u32) -> Flow {
     Flow {
         ctl: Ctl::new(State::Head, 0, 0).0,
-        remaining_bytes: 0,
-        chunked: 0,
         netns_cookie: 1,
-        opened_ns: 0,
-        last_request_ns: 0,
-        caller_cgroup_id: 0,
-        requests: 0,
-        allowed: 0,
-        refused: 0,
-        punts: 0,
-        punted_bytes: 0,
         local: v4([127, 0, 0, 1], 80),
         peer: v4([192, 0, 2, 7], 5555),
         endpoint_id,
-        unavailable_reply_id: 0,
-        flags: 0,
-        write_seq_mark: 0,
-        grants: [0; 4],
-        evicted_grants: 0,
-        next_byte_seq: 0,
-        caller_uid: u32::MAX,
-        interface: 0,
-        swallowed_bytes: 0,
-        layouts: [[0; 4]; 4],
-        next_layout: 0,
+        ..Flow::BLANK
     }
 }
 

@@ -3,7 +3,9 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use enforcer_common::abi::{Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, HeadDigest, Reply, Verdict};
+use enforcer_common::abi::{
+    Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, Handed, HeadDigest, Reply, Verdict,
+};
 use enforcer_common::flow::{self, Ctl, CtlWord as _};
 
 use super::kernel::{Answer, COOKIE, Fault, Kernel, Queued, Step, Word};
@@ -78,14 +80,17 @@ impl Datapath for Edge<'_> {
         self.meanwhile()?;
         let fault = self.kernel.options.fault;
         let Some(flow) = &mut self.kernel.flow else { return Ok(()) };
-        let Flow { ctl, remaining_bytes, chunked, write_seq_mark, flags, .. } = flow;
+        let Flow { ctl, handed, .. } = flow;
         let word = Word(Cell::from_mut(ctl));
         let expected = if fault == Fault::BytesNotCompared { word.load() } else { expected };
         let _ = flow::hand_back(&word, expected, to.ctl, || {
-            *remaining_bytes = to.remaining_bytes;
-            *chunked = to.chunked;
-            *write_seq_mark = to.write_seq_mark;
-            *flags |= if to.pipelined { FLOW_PIPELINED } else { 0 };
+            *handed = Handed {
+                remaining_bytes: to.remaining_bytes,
+                chunked: to.chunked,
+                grant_serial: to.grant_serial,
+                write_seq_mark: to.write_seq_mark,
+                flags: if to.pipelined { FLOW_PIPELINED } else { 0 },
+            };
         });
         if fault == Fault::BackFirst {
             self.meanwhile()?;

@@ -3,8 +3,8 @@
 use std::cell::Cell;
 
 use enforcer_common::abi::{
-    FLOW_PIPELINED, PUNT_CHUNK_BYTES, PUNT_DATA, PUNT_DEAD, PUNT_UNANSWERED, PuntHeader, REPLY_MAX_BYTES,
-    VERDICT_ALLOW,
+    FLOW_PIPELINED, Flow, PUNT_CHUNK_BYTES, PUNT_DATA, PUNT_DEAD, PUNT_UNANSWERED, PuntHeader,
+    REPLY_MAX_BYTES, VERDICT_ALLOW,
 };
 use enforcer_common::chunked::Chunked;
 use enforcer_common::flow::{self, Advance, Claim, Ctl, Next, State, advance, answered};
@@ -18,9 +18,17 @@ impl Kernel {
         let len = bytes.len() as u64;
         for _ in 0..2 {
             let Some(flow) = &mut self.flow else { return };
-            let (punted, remaining_bytes) = (Ctl(flow.ctl), flow.remaining_bytes);
-            let word = Word(Cell::from_mut(&mut flow.ctl));
-            match flow::next(&word, || false, || remaining_bytes, len) {
+            let punted = Ctl(flow.ctl);
+            let Flow { ctl, handed, remaining_bytes, chunked, write_seq_mark, flags, .. } = flow;
+            let word = Word(Cell::from_mut(ctl));
+            let now = flow::settle(&word, || {
+                *remaining_bytes = handed.remaining_bytes;
+                *chunked = handed.chunked;
+                *write_seq_mark = handed.write_seq_mark;
+                *flags |= handed.flags;
+            });
+            let now = now.expect("nobody else changes the word");
+            match flow::next(now, || false, *remaining_bytes, len) {
                 Next::Head => return self.on_head(request, bytes),
                 Next::Pass(state, left) => return self.pass(bytes, state, left),
                 Next::Chunked => return self.on_chunked(bytes),

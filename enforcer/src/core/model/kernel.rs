@@ -156,9 +156,7 @@ impl Kernel {
         config.abi_version = ABI_VERSION;
         config.mode = MODE_ENFORCE;
         config.generation = generation;
-        // SAFETY: as above.
-        let mut flow: Flow = unsafe { std::mem::zeroed() };
-        flow.ctl = Ctl::new(State::Head, 0, 0).0;
+        let flow = Flow { ctl: Ctl::new(State::Head, 0, 0).0, ..Flow::BLANK };
         Self {
             setting: Rc::clone(setting),
             script: Rc::clone(script),
@@ -193,6 +191,10 @@ impl Kernel {
         if let Some(flow) = &self.flow {
             (flow.ctl, flow.remaining_bytes, flow.chunked, flow.write_seq_mark, flow.flags).hash(hasher);
             (flow.requests == 0, flow.punts == 0).hash(hasher);
+            if Ctl(flow.ctl).is_handed() {
+                let left = flow.handed;
+                (left.remaining_bytes, left.chunked, left.write_seq_mark, left.flags).hash(hasher);
+            }
         }
         (self.packets, self.flow.is_some(), self.events_lost, self.answered).hash(hasher);
         for (header, bytes) in &self.ring {
