@@ -53,6 +53,7 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
         // SAFETY: a valid map value, as below.
         if unsafe { (&raw const (*flow).cookie).read_volatile() } != header.cookie {
             // The flow is gone and its memory another one's, whose grants may be amiss now: it ends with any that is revoked.
+            // SAFETY: as above.
             unsafe { (&raw mut (*flow).evicted_grants).write_volatile(u64::MAX) };
             return failed();
         }

@@ -9,24 +9,21 @@ use enforcer_common::abi::{
     Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, FLOW_PUNTED_ONCE, Flow, MODE_ENFORCE, MODE_OBSERVE,
     PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict, reply_digits,
 };
-use enforcer_common::chunked::{ChunkStep, Chunked};
 use enforcer_common::flow::{
     Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next, settle,
 };
 use enforcer_common::head::{HeadInfo, Miss, zero_words};
 use enforcer_common::verdict::{self, Known};
 
+use super::chunked::{self, Followed};
 use super::hold;
 use super::punt::{self, Event, Handed};
 use super::recognise::{self, Head};
 use super::use_grant;
-use crate::kernel::{CtlCell, Skb, config, count, now_ns, observed, repeat};
+use crate::kernel::{CtlCell, Skb, config, count, now_ns, observed};
 use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
 
 const _: () = assert!(MODE_OBSERVE >> 1 == FLOW_OBSERVE && MODE_ENFORCE >> 1 == 0);
-
-/// The most steps of the chunk decoder over one skb: one for each of its bytes, however small the chunks.
-const CHUNK_STEPS: u32 = 1 << 19;
 
 /// What happens to an skb.
 #[must_use]
@@ -291,64 +288,14 @@ fn punt(
     }
 }
 
-struct Walk<'a> {
-    skb: Skb<'a>,
-    decoder: Chunked,
-    at: u64,
-    len: u64,
-    /// 0: goes on, 1: the body ends at `at`, 2: broken.
-    end: u64,
-}
-
 #[inline(always)]
 fn on_chunked(input: &Input<'_>, flow: &mut Flow) -> Outcome {
-    let mut walk =
-        Walk { skb: input.skb, decoder: Chunked::from_bits(flow.chunked), at: 0, len: input.len, end: 0 };
-    if repeat(CHUNK_STEPS, chunk_step, &mut walk).is_err() {
-        return Outcome::dead(Counter::DeadHelper);
-    }
-    flow.chunked = walk.decoder.to_bits();
-    if walk.end == 2 || (walk.end == 0 && walk.at != walk.len) {
-        return Outcome::dead(Counter::DeadChunked);
-    }
-    match (walk.end == 1, walk.at == walk.len) {
-        (false, _) => Outcome::Pass(Counter::BodyPassed, State::Chunked, 0),
-        (true, true) => Outcome::Pass(Counter::BodyPassed, State::Head, 0),
-        (true, false) => Outcome::dead(Counter::DeadPipelined),
-    }
-}
-
-extern "C" fn chunk_step(_index: u32, walk: *mut Walk<'_>) -> i64 {
-    // SAFETY: `bpf_loop` hands back the pointer that it was given.
-    let walk = unsafe { &mut *walk };
-    if walk.at >= walk.len {
-        return 1;
-    }
-    let byte = if walk.decoder.data_left() != 0 {
-        0
-    } else {
-        match walk.skb.byte(walk.at as u32) {
-            Ok(byte) => byte,
-            Err(_) => {
-                walk.end = 2;
-                return 1;
-            }
-        }
-    };
-    match walk.decoder.step(byte, walk.len - walk.at) {
-        ChunkStep::Consumed(taken) => {
-            walk.at += taken;
-            0
-        }
-        ChunkStep::End(taken) => {
-            walk.at += taken;
-            walk.end = 1;
-            1
-        }
-        ChunkStep::Broken => {
-            walk.end = 2;
-            1
-        }
+    match chunked::follow(input.skb, input.len, &mut flow.chunked) {
+        Followed::Within => Outcome::Pass(Counter::BodyPassed, State::Chunked, 0),
+        Followed::End => Outcome::Pass(Counter::BodyPassed, State::Head, 0),
+        Followed::Past => Outcome::dead(Counter::DeadPipelined),
+        Followed::Broken => Outcome::dead(Counter::DeadChunked),
+        Followed::Failed => Outcome::dead(Counter::DeadHelper),
     }
 }
 

@@ -1,5 +1,6 @@
-//! One file per hook.
+//! One file per hook, and the parts that they are made of.
 
+pub(crate) mod chunked;
 pub(crate) mod gate;
 pub(crate) mod hold;
 pub(crate) mod inject;

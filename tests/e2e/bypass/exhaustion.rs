@@ -55,6 +55,23 @@ fn a_connection_for_which_there_is_no_record_gets_nothing() -> Result<()> {
     Ok(())
 }
 
+/// Where nothing is refused, nothing is refused for want of a record either.
+#[test]
+fn in_observe_mode_a_full_table_stops_nobody() -> Result<()> {
+    let _deadline = Deadline::new("observed, full", LIMIT);
+    let guarded = Guarded::builder("obsfull").observing().start()?;
+    let flows = PinnedMap::open(&guarded.enforcement.pins().join("FLOWS"))?;
+    flows.fill(ANY_TABLE)?;
+    for request in [guarded.call(Some(&guarded.token()?)).build(), guarded.call(None).build()] {
+        let mut client = guarded.connect()?;
+        for _ in 0..2 {
+            ensure!(client.roundtrip(&request)?.status == 200, "it was stopped");
+        }
+    }
+    ensure!(guarded.enforcement.counter("flow-table-full")? >= 2, "there was room");
+    Ok(())
+}
+
 /// A full table forgets the least recently used verdicts, also that of a request whose body is on its way; here all of them.
 #[test]
 fn a_verdict_that_is_forgotten_in_the_middle_of_a_request_changes_nothing() -> Result<()> {

@@ -13,3 +13,4 @@ mod maps;
 mod reading;
 mod segments;
 mod sockets;
+mod wire;

@@ -1,23 +1,53 @@
 //! Sockets that come to their server by other ways, and other protocols on a protected port.
 
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::enforcement::{Enforcement, Guarded, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::{Cgroup, Deadline, wait_until};
+use enforcer_tests::enforcement::{Enforcement, Guarded, IssuerSpec, PolicySpec, ServerSpec, skip};
+use enforcer_tests::guard::{Cgroup, Deadline, NetNs, wait_until};
 use enforcer_tests::issuer::{Alg, Issuer};
 use enforcer_tests::raw::{Connection, RequestBuilder};
-use enforcer_tests::recorder::{Config, RemoteRecorder};
+use enforcer_tests::recorder::{Config, Recorder, RemoteRecorder};
 use serde_json::Value;
 
 use crate::common::{LIMIT, TIMEOUT, status};
-use crate::torture::sockets::{ListenerKind, datagrams_in, listener_in};
-use crate::torture::{PATIENCE, bad_token, enforce, good_token, post};
+use crate::torture::sockets::{ListenerKind, connect_mptcp, datagrams_in, listener_in};
+use crate::torture::{PATIENCE, bad_token, config, enforce, enforce_as, good_token, post};
 
 fn ask(addr: SocketAddr) -> Result<u16> {
     let request = RequestBuilder::mcp_call(&addr.to_string(), "/mcp", None, "x").build();
     Ok(Connection::open(addr, PATIENCE)?.roundtrip(&request)?.status)
+}
+
+/// Connections that can't be guarded are left alone where nothing is refused.
+#[test]
+fn in_observe_mode_mptcp_goes_on() -> Result<()> {
+    let _deadline = Deadline::new("observed mptcp", LIMIT);
+    let netns = NetNs::new("obs-mptcp")?;
+    let cgroup = Cgroup::new("obsmptcp")?;
+    let kind = ListenerKind { mptcp: true, ..ListenerKind::default() };
+    let Ok(listener) = listener_in(&cgroup, Some(&netns), (Ipv4Addr::LOCALHOST, 0).into(), kind) else {
+        skip("in_observe_mode_mptcp_goes_on", "the kernel does not speak MPTCP");
+        return Ok(());
+    };
+    let recorder = Recorder::on(listener, config())?;
+    let (enforcement, issuer) = enforce_as(cgroup, &[recorder.addr()], PolicySpec::observing)?;
+    let mut stream = netns.run(|| connect_mptcp(recorder.addr()))?.context("connect")?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    for token in [good_token(&issuer)?, bad_token(&issuer)?, good_token(&issuer)?] {
+        stream.write_all(&post(&token).body(b"{}").build())?;
+        let mut answer = [0; 4096];
+        let count = stream.read(&mut answer)?;
+        ensure!(
+            answer[..count].starts_with(b"HTTP/1.1 200"),
+            "{:?}",
+            String::from_utf8_lossy(&answer[..count])
+        );
+    }
+    ensure!(enforcement.counter("socket-fenced")? >= 1, "it was not MPTCP");
+    Ok(())
 }
 
 /// HTTP/3 would be a way around. Datagrams of a connected socket, as a resolver's, pass even on that port.
@@ -126,7 +156,7 @@ fn a_listener_that_waits_for_bytes_is_guarded_and_served() -> Result<()> {
     let cgroup = Cgroup::new("deferred")?;
     let kind = ListenerKind { defer_accept_secs: 1, ..ListenerKind::default() };
     let listener = listener_in(&cgroup, None, (Ipv4Addr::LOCALHOST, 0).into(), kind)?;
-    let recorder = enforcer_tests::recorder::Recorder::on(listener, Config::default())?;
+    let recorder = Recorder::on(listener, Config::default())?;
     let (_enforcement, issuer) = enforce(cgroup, &[recorder.addr()])?;
     let (good, bad) = (post(&good_token(&issuer)?).build(), post(&bad_token(&issuer)?).build());
     for (request, expected) in [(&bad, 401), (&good, 200)] {

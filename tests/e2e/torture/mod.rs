@@ -132,9 +132,18 @@ impl Drop for Scene {
 
 /// Guards these endpoints of the cgroup's processes for tokens of one issuer.
 pub(crate) fn enforce(cgroup: Cgroup, listen: &[SocketAddr]) -> Result<(Enforcement, Issuer)> {
+    enforce_as(cgroup, listen, |policy| policy)
+}
+
+/// As [`enforce`], with a policy that is changed.
+pub(crate) fn enforce_as(
+    cgroup: Cgroup,
+    listen: &[SocketAddr],
+    change: fn(PolicySpec) -> PolicySpec,
+) -> Result<(Enforcement, Issuer)> {
     let issuer = Issuer::new("https://issuer.test", Alg::Es256)?;
     let corp = IssuerSpec::from_file("corp", &issuer);
-    let policy = PolicySpec::new(vec![corp], vec![server(listen)]);
+    let policy = change(PolicySpec::new(vec![corp], vec![server(listen)]));
     Ok((Enforcement::start(cgroup, &policy)?, issuer))
 }
 
