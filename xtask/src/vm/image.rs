@@ -13,15 +13,25 @@ use crate::probe::find_program;
 use crate::process::{run, stdout_of};
 
 /// Modules that the tests need, in an order in which they load. Missing ones are built in, or the test that needs them says so.
-const MODULES: &[&str] =
-    &["inet_diag", "tcp_diag", "mptcp_diag", "tls", "veth", "dummy", "sch_ingress", "cls_bpf", "sch_netem"];
+const MODULES: &[&str] = &[
+    "inet_diag",
+    "tcp_diag",
+    "mptcp_diag",
+    "tls",
+    "veth",
+    "dummy",
+    "sch_ingress",
+    "cls_bpf",
+    "sch_netem",
+    "tun",
+];
 
 /// Where programs lie in the guest: beside each other, as the tests look for them.
 const PROGRAMS: &str = "t";
 
 /// What `/init` does before and after the steps. The kernel's messages go to the second serial line, ours to the first.
 const INIT_HEAD: &str = r#"#!/bin/busybox sh
-export PATH=/t:/sbin:/bin HOME=/root ENFORCER_BIN=/t/enforcer
+export PATH=/t:/sbin:/bin HOME=/root ENFORCER_BIN=/t/enforcer ENFORCER_TEST_SKIP_LOG=/tmp/skipped
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs devtmpfs /dev

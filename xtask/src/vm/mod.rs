@@ -185,11 +185,23 @@ mod tests {
     }
 
     #[test]
-    fn every_planned_program_exists() {
+    fn every_planned_program_and_test_exists() {
         let workspace = Workspace::locate().unwrap();
         let known = workspace.targets_of_kind(TESTS_PACKAGE, "test");
-        for (name, _tests) in plan::TESTS {
+        for (name, tests) in plan::TESTS {
             assert!(known.contains(name), "{name}");
+            let place = workspace.root.join("tests/e2e").join(name.trim_start_matches("e2e_"));
+            for test in *tests {
+                let (module, function) = test.rsplit_once("::").unwrap_or(("", test));
+                let file = if module.is_empty() {
+                    place.with_extension("rs")
+                } else {
+                    place.join(module).with_extension("rs")
+                };
+                let source = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file:?}: {error}"));
+                let start = format!("\nfn {function}");
+                assert!(source.contains(&start), "{file:?} has no test {function}");
+            }
         }
     }
 }
