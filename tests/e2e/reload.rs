@@ -6,40 +6,26 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::enforcement::{Guarded, GuardedBuilder, IssuerSpec, PolicySpec, ServerSpec};
+use enforcer_tests::enforcement::{Guarded, GuardedBuilder, PolicySpec, ServerSpec};
 use enforcer_tests::guard::{Deadline, wait_until};
 use enforcer_tests::raw::{Connection, RequestBuilder};
-use enforcer_tests::recorder::{Answer, Config, RemoteRecorder};
+use enforcer_tests::recorder::RemoteRecorder;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use common::{LIMIT, NOT_LOADED, SOON, TIMEOUT, assert_refusal, flows_on, open_stream};
+use common::{
+    LIMIT, NOT_LOADED, OTHER_RESOURCE, TIMEOUT, assert_refusal, endless, ends, flows_on, open_stream, policy,
+    tools,
+};
 
 /// Exit code of the command line: the policy has defects.
 const REJECTED: i32 = 4;
-const OTHER_RESOURCE: &str = "https://other.example.com/mcp";
-
-fn policy(guarded: &Guarded, servers: Vec<ServerSpec>) -> PolicySpec {
-    PolicySpec::new(vec![IssuerSpec::from_file("corp", &guarded.issuer)], servers)
-}
-
-/// The server as the first policy has it.
-fn tools(guarded: &Guarded) -> ServerSpec {
-    ServerSpec::new("tools", &[guarded.addr()], Guarded::RESOURCE)
-}
 
 /// A daemon that reads its policy only when it is told to.
 fn unwatched(name: &str) -> GuardedBuilder {
     Guarded::builder(name).option("--no-watch")
-}
-
-/// The server answers everything with events, for longer than any test runs.
-fn endless() -> Config {
-    let answer = Answer::Sse { events: 100_000, event_bytes: 10, interval_ms: 20 };
-    Config { answer, ..Config::default() }
 }
 
 /// Writes a policy and has it read.
@@ -57,15 +43,6 @@ fn wait_for_reload(guarded: &Guarded, trigger: &str, ok: bool) -> Result<Value> 
     wait_until(&format!("a reload by {trigger} that is {ok}"), TIMEOUT, || {
         last_reload(guarded).filter(|last| last["ok"] == ok && last["trigger"] == trigger)
     })
-}
-
-/// Reads until the connection is closed.
-fn ends(connection: &mut Connection) -> Result<()> {
-    let start = Instant::now();
-    while connection.read_some(65_536).is_ok_and(|bytes| !bytes.is_empty()) {
-        ensure!(start.elapsed() < SOON, "the stream goes on");
-    }
-    Ok(())
 }
 
 #[test]

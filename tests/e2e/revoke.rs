@@ -9,16 +9,10 @@ use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::Guarded;
 use enforcer_tests::guard::{Deadline, NetNs, wait_until};
 use enforcer_tests::raw::{Connection, Response};
-use enforcer_tests::recorder::{Answer, Config};
+use enforcer_tests::recorder::Config;
 use serde_json::{Value, json};
 
-use common::{LIMIT, SOON, TIMEOUT, flows_on, open_stream, wait_until_unavailable};
-
-/// The server answers everything with events, for longer than any test runs.
-fn endless() -> Config {
-    let answer = Answer::Sse { events: 100_000, event_bytes: 10, interval_ms: 20 };
-    Config { answer, ..Config::default() }
-}
+use common::{LIMIT, SOON, TIMEOUT, endless, flows_on, open_stream, wait_until_unavailable};
 
 /// Reads until the connection is closed; for how long.
 fn wait_for_end(connection: &mut Connection, limit: Duration) -> Result<Duration> {

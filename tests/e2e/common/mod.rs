@@ -2,15 +2,16 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use enforcer_tests::enforcement::Guarded;
+use enforcer_tests::enforcement::{Guarded, IssuerSpec, PolicySpec, ServerSpec};
 use enforcer_tests::guard::wait_until;
 use enforcer_tests::issuer::Issuer;
 use enforcer_tests::raw::{Connection, Response};
+use enforcer_tests::recorder::{Answer, Config};
 use ring::hmac;
 use serde_json::json;
 
@@ -101,6 +102,34 @@ pub(crate) fn open_stream(mut connection: Connection, request: &[u8]) -> Result<
 pub(crate) fn flows_on(connection: &mut Connection) -> Result<()> {
     for _ in 0..10 {
         ensure!(!connection.read_some(65_536)?.is_empty(), "the stream has ended");
+    }
+    Ok(())
+}
+
+/// The audience of a second server.
+pub(crate) const OTHER_RESOURCE: &str = "https://other.example.com/mcp";
+
+/// A policy with the issuer that is the scene's.
+pub(crate) fn policy(guarded: &Guarded, servers: Vec<ServerSpec>) -> PolicySpec {
+    PolicySpec::new(vec![IssuerSpec::from_file("corp", &guarded.issuer)], servers)
+}
+
+/// The server as the first policy has it.
+pub(crate) fn tools(guarded: &Guarded) -> ServerSpec {
+    ServerSpec::new("tools", &[guarded.addr()], Guarded::RESOURCE)
+}
+
+/// The server answers everything with events, for longer than any test runs.
+pub(crate) fn endless() -> Config {
+    let answer = Answer::Sse { events: 100_000, event_bytes: 10, interval_ms: 20 };
+    Config { answer, ..Config::default() }
+}
+
+/// Reads until the connection is closed.
+pub(crate) fn ends(connection: &mut Connection) -> Result<()> {
+    let start = Instant::now();
+    while connection.read_some(65_536).is_ok_and(|bytes| !bytes.is_empty()) {
+        ensure!(start.elapsed() < SOON, "the stream goes on");
     }
     Ok(())
 }
