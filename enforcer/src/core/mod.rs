@@ -123,6 +123,12 @@ pub trait Datapath {
     /// The grant is not in force.
     fn set_grant(&mut self, slot: u32, grant: &Grant) -> Result<(), Self::Error>;
 
+    /// Reads a grant's label.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    fn grant_label(&mut self, slot: u32) -> Result<GrantLabel, Self::Error>;
+
     /// Writes a grant's label.
     ///
     /// # Errors

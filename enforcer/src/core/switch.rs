@@ -188,7 +188,12 @@ impl Engine {
                 (None, Some(claims)) => {
                     next.transition.grant(claims.server_id, &claims.evidence, keys, now.unix_secs)
                 }
-                (None, None) => Err(Loss::NotRemembered),
+                (None, None) => match datapath.grant_label(slot)? {
+                    label if label.serial == grant.serial => {
+                        next.transition.grant_unseen(grant.server_id, &label.issuer_hash)
+                    }
+                    _ => Err(Loss::NotRemembered),
+                },
             };
             all.0.insert(grant.serial, Carried { grant, holds });
         }

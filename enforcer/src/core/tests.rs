@@ -154,6 +154,10 @@ impl Datapath for Fake {
         Ok(())
     }
 
+    fn grant_label(&mut self, slot: u32) -> Result<GrantLabel, Self::Error> {
+        self.labels.get(&slot).copied().ok_or("no such slot")
+    }
+
     fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), Self::Error> {
         self.operator();
         self.labels.insert(slot, *label);

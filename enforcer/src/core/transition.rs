@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use enforcer_common::abi::{FLOW_OBSERVE, Flow};
+use enforcer_common::abi::{FLOW_OBSERVE, Flow, NameHash};
 
 use super::Endpoints;
 use crate::keys::KeySnapshot;
-use crate::policy::{Mode, Server};
+use crate::policy::{Issuer, Mode, Server};
+use crate::revocation::name_hash;
 use crate::token::{Evidence, TokenReason, missing_scopes, verify_again};
 
 /// Why the new policy does not allow what the old one did.
@@ -25,7 +26,8 @@ pub enum Loss {
     Token(TokenReason),
     /// The token lacks a scope.
     InsufficientScope,
-    /// What the token says is not known any more: it was too large, or an earlier daemon gave the grant.
+    /// What the token says is not known any more (it was too large, or an earlier daemon gave the grant), and the policy asks for
+    /// something that the old one did not.
     NotRemembered,
     /// The policy does not name the connection's endpoint any more.
     EndpointRemoved,
@@ -130,6 +132,22 @@ impl Transition {
         if missing_scopes(&token, &server.scopes).is_empty() { Ok(()) } else { Err(Loss::InsufficientScope) }
     }
 
+    /// As [`Transition::grant`], for a token of which only the issuer is known, by the hash of its identifier. It passed every check of
+    /// the old policy, so it passes those of a new one that accepts all that the old one did.
+    ///
+    /// # Errors
+    /// Why it does not, or may not.
+    pub fn grant_unseen(&self, server_id: u32, issuer_hash: &NameHash) -> Result<(), Loss> {
+        let fate = self.servers.get(&server_id).ok_or(Loss::ServerRemoved)?;
+        let (old, new) = (&fate.old, fate.new.as_ref().map_err(|loss| *loss)?);
+        let old_issuer = old.issuers.iter().find(|issuer| name_hash(&issuer.issuer) == *issuer_hash);
+        let old_issuer = old_issuer.ok_or(Loss::NotRemembered)?;
+        let new_issuer = new.issuers.iter().find(|issuer| issuer.issuer == old_issuer.issuer);
+        let new_issuer = new_issuer.ok_or(Loss::Token(TokenReason::IssuerUnknown))?;
+        let holds = accepts_all_for(old, new) && accepts_all_of(old_issuer, new_issuer);
+        if holds { Ok(()) } else { Err(Loss::NotRemembered) }
+    }
+
     /// May a connection go on? `grants` are the servers of the grants that it used, and whether those hold.
     ///
     /// # Errors
@@ -180,7 +198,55 @@ fn heads_hold(old: &Server, new: &Server) -> Result<(), Loss> {
     if all_in(&old.origins, &new.origins) { Ok(()) } else { Err(Loss::OriginRemoved) }
 }
 
-fn all_in(some: &[String], all: &[String]) -> bool {
+/// Whether every token that is good for `old`, by what it says to the server, is good for `new`.
+fn accepts_all_for(old: &Server, new: &Server) -> bool {
+    // Named one by one: who adds a field has to say what it means for tokens.
+    let Server { resource, aliases, scopes, .. } = new;
+    let Server {
+        name: _,
+        listen: _,
+        resource: old_resource,
+        aliases: old_aliases,
+        // Those of the head: `heads_hold`.
+        path: _,
+        hosts: _,
+        origins: _,
+        public_paths: _,
+        // One by one: `accepts_all_of`.
+        issuers: _,
+        scopes: old_scopes,
+        metadata: _,
+    } = old;
+    let accepted = |audience: &String| audience == resource || aliases.contains(audience);
+    accepted(old_resource) && old_aliases.iter().all(accepted) && all_in(scopes, old_scopes)
+}
+
+/// Whether every token of `old` that is good is good as one of `new`, which has the same identifier.
+fn accepts_all_of(old: &Issuer, new: &Issuer) -> bool {
+    let Issuer {
+        name: _,
+        issuer: _,
+        keys,
+        ca_file,
+        allow_http_loopback,
+        algorithms,
+        leeway,
+        max_token_lifetime,
+        token_types,
+        // When the keys are fetched, not which.
+        refresh_interval: _,
+        max_staleness: _,
+    } = old;
+    *keys == new.keys
+        && *ca_file == new.ca_file
+        && *allow_http_loopback == new.allow_http_loopback
+        && all_in(algorithms, &new.algorithms)
+        && all_in(token_types, &new.token_types)
+        && *leeway <= new.leeway
+        && *max_token_lifetime <= new.max_token_lifetime
+}
+
+fn all_in<T: PartialEq>(some: &[T], all: &[T]) -> bool {
     some.iter().all(|one| all.contains(one))
 }
 

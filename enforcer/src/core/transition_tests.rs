@@ -1,10 +1,12 @@
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use enforcer_common::abi::{EndpointKey, FAMILY_V4, FLOW_OBSERVE};
 
 use super::super::EndpointPolicy;
 use super::super::sweep::tests::flow;
 use super::*;
+use crate::policy::{Algorithm, KeySource};
 use crate::token::testing::{NOW, World};
 
 const SERVER: u32 = 3;
@@ -55,6 +57,64 @@ fn a_grant_holds_while_everything_about_it_does() {
     let gone = to(&[(ENDPOINT, &[(SERVER + 1, server())])]);
     assert_eq!(gone.grant(SERVER, &evidence, &world.keys(), NOW), Err(Loss::ServerRemoved));
     assert_eq!(gone.grant(99, &evidence, &world.keys(), NOW), Err(Loss::ServerRemoved));
+}
+
+#[test]
+fn a_grant_whose_token_is_not_known_holds_under_a_policy_that_asks_for_no_more() {
+    type Change<T> = fn(&mut T);
+    let old = || {
+        let mut server = World::new().server();
+        server.aliases = vec!["https://alias.example/".into()];
+        server.scopes = vec!["a".into(), "b".into()];
+        server
+    };
+    let issuer = name_hash(&old().issuers[0].issuer);
+    let judged = |new: Server| from(old(), &[(ENDPOINT, &[(SERVER, new)])]).grant_unseen(SERVER, &issuer);
+    assert_eq!(judged(old()), Ok(()));
+    let servers: [(Change<Server>, Result<(), Loss>); 10] = [
+        (|new| new.scopes = vec!["b".into()], Ok(())),
+        (|new| new.scopes.push("c".into()), Err(Loss::NotRemembered)),
+        (|new| new.aliases.push("https://more.example/".into()), Ok(())),
+        (|new| new.aliases.clear(), Err(Loss::NotRemembered)),
+        (|new| std::mem::swap(&mut new.aliases[0], &mut new.resource), Ok(())),
+        (|new| new.resource = "https://other.example/".into(), Err(Loss::NotRemembered)),
+        (|new| new.issuers.clear(), Err(Loss::Token(TokenReason::IssuerUnknown))),
+        (|new| new.metadata.serve = !new.metadata.serve, Ok(())),
+        (|new| new.path = "/other".into(), Err(Loss::PathChanged)),
+        (|new| new.hosts = vec!["more".into()], Err(Loss::HostRemoved)),
+    ];
+    for (number, (change, expected)) in servers.into_iter().enumerate() {
+        let mut new = old();
+        change(&mut new);
+        assert_eq!(judged(new), expected, "change {number} of the server");
+    }
+    let less = || Err(Loss::NotRemembered);
+    let issuers: [(Change<Issuer>, Result<(), Loss>); 12] = [
+        (|new| new.name = "renamed".into(), Ok(())),
+        (|new| new.issuer.push('/'), Err(Loss::Token(TokenReason::IssuerUnknown))),
+        (|new| new.keys = KeySource::File("/other.jwks".into()), less()),
+        (|new| new.ca_file = Some("/ca.pem".into()), less()),
+        (|new| new.allow_http_loopback = !new.allow_http_loopback, less()),
+        (|new| new.algorithms.clear(), less()),
+        (|new| new.algorithms.push(Algorithm::EdDSA), Ok(())),
+        (|new| new.token_types.clear(), less()),
+        (|new| new.leeway += Duration::from_secs(1), Ok(())),
+        (|new| new.leeway = Duration::ZERO, less()),
+        (|new| new.max_token_lifetime -= Duration::from_secs(1), less()),
+        (|new| new.max_staleness *= 2, Ok(())),
+    ];
+    for (number, (change, expected)) in issuers.into_iter().enumerate() {
+        let mut new = old();
+        let mut changed = (*new.issuers[0]).clone();
+        change(&mut changed);
+        new.issuers = vec![Arc::new(changed)];
+        assert_eq!(judged(new), expected, "change {number} of the issuer");
+    }
+    let same = from(old(), &[(ENDPOINT, &[(SERVER, old())])]);
+    assert_eq!(same.grant_unseen(SERVER, &name_hash("https://nobody.example")), less());
+    assert_eq!(same.grant_unseen(99, &issuer), Err(Loss::ServerRemoved));
+    let gone = from(old(), &[(ENDPOINT, &[(SERVER + 1, old())])]);
+    assert_eq!(gone.grant_unseen(SERVER, &issuer), Err(Loss::ServerRemoved));
 }
 
 #[test]

@@ -175,6 +175,10 @@ impl Datapath for Kernel {
         Ok(self.maps.set_grant(slot, grant)?)
     }
 
+    fn grant_label(&mut self, slot: u32) -> Result<GrantLabel, KernelError> {
+        Ok(self.maps.live.grant_labels.get(&slot, 0)?)
+    }
+
     fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), KernelError> {
         Ok(self.maps.set_grant_label(slot, label)?)
     }

@@ -156,6 +156,10 @@ impl Datapath for Edge<'_> {
         Ok(())
     }
 
+    fn grant_label(&mut self, _: u32) -> Result<GrantLabel, Self::Error> {
+        Err("labels are not kept")
+    }
+
     fn set_grant_label(&mut self, _: u32, _: &GrantLabel) -> Result<(), Self::Error> {
         Ok(())
     }

@@ -161,14 +161,26 @@ fn a_revoked_grant_stays_revoked() {
 }
 
 #[test]
-fn a_token_whose_claims_are_not_known_has_to_show_itself_again() {
+fn a_token_whose_claims_are_not_known_has_to_show_itself_again_if_more_is_asked_of_it() {
     let mut bench = Bench::new();
     let request = bench.good("", "");
     bench.punt(request.as_bytes(), 0, 0);
     bench.kernel_flow(0);
     let serial = bench.fake.grants[&0].serial;
     bench.engine.grants.remembered.forget(serial);
+    let (grant, label) = (bench.fake.grants[&0], bench.fake.labels[&0]);
+    // Whatever it says, this policy allows it as well.
     let came = bench.change(|server| server.aliases.push("https://alias.example".into()));
+    assert!(came.losses.is_empty());
+    assert_eq!(bench.fake.grants[&0], Grant { generation: NEXT, ..grant });
+    // A label that is another grant's says nothing.
+    bench.fake.labels.insert(0, GrantLabel { serial: serial + 1, ..label });
+    let came = bench.change(|server| server.scopes.clear());
+    assert_eq!(came.losses, loss("not-remembered", 1, 1));
+    bench.fake.labels.insert(0, label);
+    bench.fake.grants.insert(0, grant);
+    // This one it may not.
+    let came = bench.change(|server| server.scopes.push("more".into()));
     assert_eq!(came.losses, loss("not-remembered", 1, 1));
     assert_eq!(bench.fake.grants[&0].revoked, 1);
 }
