@@ -49,6 +49,7 @@ impl From<LogLevel> for tracing::Level {
 /// Loads the kernel programs, attaches them to a cgroup and stays in the foreground, to judge requests that the kernel does
 /// not know yet. Connections that were open before are closed, in every network namespace; in observe mode they are listed and left.
 /// A changed policy file takes effect at once if it has no defects; SIGHUP and `enforcer reload` have it read again too.
+/// Over an enforcement that an earlier daemon left, connections go on: under a changed policy, those that it still allows.
 /// SIGTERM or SIGINT ends it: new connections are no longer guarded, open ones get time to end, then everything is removed.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\

@@ -1,18 +1,24 @@
 //! Over an enforcement that an earlier daemon left: its maps are taken over as they are, and connections go on.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::Context;
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{Config, DaemonState, Grant, MAX_REPLIES, map, text_str};
+use tracing::warn;
 
+use super::apply::{self, InForce, Prepared};
 use super::kernel::Kernel;
+use super::reload::{Old, build, report, tell};
 use super::revocations::State;
 use super::setup::Up;
-use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
+use crate::core::{Datapath as _, Endpoints, Engine, Numbers, Orphan, Secrets};
 use crate::datapath::{self, GATE_PIN, Injectors, LINK_PIN, LiveError, Maps, PinDir};
+use crate::keys::KeyManagerHandle;
 use crate::lifecycle::start::Ours;
-use crate::policy::Policy;
+use crate::policy::{self, Policy, PolicyText};
+use crate::revocation::store::{StateDir, StateLock};
 use crate::token::Fingerprinter;
 
 /// Shows the kernel that a daemon is there, so that requests which it does not know wait for it instead of being refused, and tells
@@ -25,6 +31,21 @@ pub(super) fn claim(pins: &PinDir, started_ns: u64) -> Result<(), LiveError> {
         daemon_started_ns: started_ns,
         daemon_pid: std::process::id(),
         ..config
+    })
+}
+
+/// The policy that an earlier daemon recorded, if a reload could go from it to the next one. Whether it is the one that the maps were
+/// filled by, its hash says.
+pub(super) fn former(state: &StateDir, next: &Policy) -> Option<Policy> {
+    let recorded = || -> anyhow::Result<Option<Policy>> {
+        let Some(text) = state.read_policy()? else { return Ok(None) };
+        let (former, _) = policy::parse(&text.file, &text.text)?;
+        Numbers::default().next(&former)?.next(next)?;
+        Ok(Some(former))
+    };
+    recorded().unwrap_or_else(|error| {
+        warn!(error = format!("{error:#}"), "the record of the former policy is of no use");
+        None
     })
 }
 
@@ -77,6 +98,39 @@ pub(super) fn adopt(
     kernel.hold(links);
     engine.grants().adopt(grants, config.generation, now);
     Ok(Up { engine, kernel, ring, numbers, orphans })
+}
+
+/// From the policy that adopted maps were filled by to the one that the daemon was started with, as a reload does it. Call it before
+/// the first record of the ring buffer is taken: nothing is decided under the former policy. `keys` are the new policy's and need
+/// not be there yet, as there are no claims that they could prove.
+///
+/// # Errors
+/// The former policy stays in force.
+pub(super) fn switch(
+    former: Arc<Policy>,
+    (policy, text): (Arc<Policy>, PolicyText),
+    keys: &KeyManagerHandle,
+    (revocations, lock): (&StateDir, StateLock),
+    up: &mut Up,
+) -> anyhow::Result<()> {
+    let Up { engine, kernel, numbers, orphans, .. } = up;
+    let mut in_force = InForce { policy: Arc::clone(&former), numbers: numbers.clone(), keys: keys.clone() };
+    let old = Old {
+        policy: former,
+        numbers: numbers.clone(),
+        endpoints: engine.endpoints().clone(),
+        keys: keys.clone(),
+        claims: engine.claims(),
+    };
+    let prepared = build((policy, text), &[], Vec::new(), keys.clone(), old)?;
+    let diff = prepared.diff.clone();
+    let prepared = Prepared { lock: Some(lock), ..prepared };
+    let consequences = apply::switch(prepared, &mut in_force, revocations, super::now(), engine, kernel)?;
+    *numbers = in_force.numbers;
+    // What has just been destroyed is nobody's any more.
+    orphans.retain(|orphan| kernel.flow_exists(orphan.cookie));
+    tell("start", &Ok(report(engine, diff, Vec::new(), consequences)));
+    Ok(())
 }
 
 /// What the earlier daemon had in its hands. Whatever joins later is ours.

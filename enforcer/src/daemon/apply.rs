@@ -11,7 +11,7 @@ use super::revocations::State;
 use crate::core::{AllCarried, Consequences, Engine, Next, Now, Numbers};
 use crate::http::answer;
 use crate::keys::KeyManagerHandle;
-use crate::policy::{self, Mode, Policy, PolicyDiff};
+use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyText};
 use crate::revocation::store::{StateDir, StateLock};
 
 /// Retry-After of the answer that the kernel gives while no daemon lives.
@@ -66,6 +66,8 @@ pub(super) struct InForce {
 /// Another policy, ready to take its place.
 pub(super) struct Prepared {
     pub(super) in_force: InForce,
+    /// Its text.
+    pub(super) text: PolicyText,
     pub(super) next: Next,
     pub(super) diff: PolicyDiff,
     pub(super) warnings: Vec<String>,
@@ -85,7 +87,7 @@ pub(super) fn switch(
     engine: &mut Engine,
     kernel: &mut Kernel,
 ) -> anyhow::Result<Consequences> {
-    let Prepared { in_force: new, next, lock, .. } = prepared;
+    let Prepared { in_force: new, text, next, lock, .. } = prepared;
     let revocations = State::locked(revocations, lock.context("the revocations are not locked")?);
     let generation = now.boot_ns.max(engine.generation() + 1);
     let state = kernel.maps().daemon_state()?;
@@ -106,6 +108,7 @@ pub(super) fn switch(
     if let Err(error) = write_labels(&new.policy, &new.numbers, kernel) {
         warn!(%error, "not all servers are shown by their new names");
     }
+    revocations.keep_policy(&text);
     let policy_hash = policy::hash(&new.policy);
     if let Err(error) = kernel.maps().set_daemon_state(&DaemonState { policy_hash, ..state }) {
         warn!(%error, "the next daemon will not know the policy, and closes the open connections");

@@ -31,7 +31,7 @@ use crate::keys::{self, BootInstant, KeyManager, KeyManagerHandle};
 use crate::lifecycle::lock::DaemonLock;
 use crate::lifecycle::start::{self, Ours, Start};
 use crate::lifecycle::{UnloadOptions, clock, paths, unload};
-use crate::policy;
+use crate::policy::{self, Policy, PolicyText};
 use crate::privileges;
 use crate::revocation::store::StateDir;
 use apply::InForce;
@@ -89,7 +89,11 @@ fn now() -> Now {
 /// # Errors
 /// Whatever keeps the enforcement from standing; nothing stays attached then.
 pub fn run(options: &RunOptions) -> anyhow::Result<()> {
-    let (policy, warnings) = policy::load(&options.policy)?;
+    // From wherever it is started, and at a reload, the same file is the same policy.
+    let policy_path = std::path::absolute(&options.policy)?;
+    let text = PolicyText::read(&policy_path)?;
+    let (policy, warnings) = text.compile()?;
+    let policy = Arc::new(policy);
     for warning in &warnings {
         warn!("{warning}");
     }
@@ -97,7 +101,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     // Before the lock, which a process that outlives us for an instant must not hold, and before any secret.
     keys::fetcher::start()?;
     let mut lock = DaemonLock::acquire(&options.pin_name)?;
-    lock.record_policy(&std::path::absolute(&options.policy)?)?;
+    lock.record_policy(&policy_path)?;
     if paths::ensure_bpffs(&options.bpffs)? == paths::Bpffs::Mounted {
         info!(path = %options.bpffs.display(), "mounted a bpffs");
     }
@@ -113,12 +117,15 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     // Before anything can wait for us. What fails from here on ends like a crash.
     let watcher =
         Watcher::start(&options.bpffs, &options.pin_name, started_ns).context("cannot start the watcher")?;
-    let mut start = start::plan(Living::look(&pins).as_ref(), &ours)?;
-    if let Start::Adopt { replace_programs } = &mut start {
+    let living = Living::look(&pins);
+    let former = living.and_then(|_| adopt::former(&options.state, &policy));
+    let former_hash = former.as_ref().map(policy::hash);
+    let mut start = start::plan(living.as_ref(), &ours, former_hash)?;
+    if let Start::Adopt { replace_programs, .. } = &mut start {
         *replace_programs |= options.replace_programs;
         adopt::claim(&pins, started_ns)?;
     }
-    if start == (Start::Adopt { replace_programs: false }) {
+    if matches!(start, Start::Adopt { replace_programs: false, .. }) {
         info!("this kernel runs these very programs already; no self-test");
     } else {
         // Before any thread exists: the test forks.
@@ -129,8 +136,12 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     // Every thread has those of the one that starts it.
     privileges::drop_capabilities()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let plan = Plan { start, ours, started_ns, cgroup, pins };
-    let result = runtime.block_on(enforce(options, &Arc::new(policy), &plan, watcher, &mut lock));
+    let filled_by = match (start, former) {
+        (Start::Adopt { switch_policy: true, .. }, Some(former)) => Arc::new(former),
+        _ => Arc::clone(&policy),
+    };
+    let plan = Plan { start, filled_by, policy, text, ours, started_ns, cgroup, pins };
+    let result = runtime.block_on(enforce(options, &plan, watcher, &mut lock));
     drop(lock);
     result
 }
@@ -138,6 +149,10 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
 /// What was found out before the start.
 struct Plan {
     start: Start,
+    /// The policy that the maps which are adopted were filled by.
+    filled_by: Arc<Policy>,
+    policy: Arc<Policy>,
+    text: PolicyText,
     ours: Ours,
     started_ns: u64,
     cgroup: PathBuf,
@@ -145,36 +160,39 @@ struct Plan {
 }
 
 impl Plan {
-    fn bring_up(&self, policy: &policy::Policy, state: &StateDir) -> anyhow::Result<Up> {
+    fn bring_up(&self, keys: &KeyManagerHandle, state_dir: &StateDir) -> anyhow::Result<Up> {
         // Locked until the maps are in their place: what is revoked meanwhile waits, and finds them there.
-        let state = State::open(state)?;
-        match self.start {
-            Start::Adopt { replace_programs } => {
+        let state = State::open(state_dir)?;
+        let (pins, ours, started_ns) = (&self.pins, &self.ours, self.started_ns);
+        let up = match self.start {
+            Start::Adopt { replace_programs, switch_policy } => {
                 info!(
                     replace_programs,
+                    switch_policy,
                     "adopting what an earlier daemon left; connections, grants and counters go on"
                 );
-                return adopt::adopt(
-                    policy,
-                    &self.pins,
-                    &self.ours,
-                    replace_programs,
-                    self.started_ns,
-                    &state,
-                );
+                let mut up = adopt::adopt(&self.filled_by, pins, ours, replace_programs, started_ns, &state)?;
+                if switch_policy {
+                    let next = (Arc::clone(&self.policy), self.text.clone());
+                    let state = (state_dir, state.into_lock());
+                    adopt::switch(Arc::clone(&self.filled_by), next, keys, state, &mut up)?;
+                    return Ok(up);
+                }
+                up
             }
             Start::TakeOver { reason } => {
                 warn!(reason, "taking over from an earlier daemon; its connections are closed");
+                setup::load(&self.policy, pins, &self.cgroup, ours, started_ns, &state)?
             }
-            Start::Fresh => {}
-        }
-        setup::load(policy, &self.pins, &self.cgroup, &self.ours, self.started_ns, &state)
+            Start::Fresh => setup::load(&self.policy, pins, &self.cgroup, ours, started_ns, &state)?,
+        };
+        state.keep_policy(&self.text);
+        Ok(up)
     }
 }
 
 async fn enforce(
     options: &RunOptions,
-    policy: &Arc<policy::Policy>,
     plan: &Plan,
     mut watcher: Watcher,
     lock: &mut DaemonLock,
@@ -183,16 +201,17 @@ async fn enforce(
     let mut interrupt = signal(SignalKind::interrupt())?;
     // What comes from here on is not lost, and does not end a daemon that is still starting.
     let hangup = signal(SignalKind::hangup())?;
+    let policy = &plan.policy;
     let keys = KeyManager::start(Arc::clone(policy));
     // Guarded first, then keys: what comes meanwhile waits.
     let Up { mut engine, mut kernel, mut ring, numbers, mut orphans } =
-        plan.bring_up(policy, &options.state)?;
+        plan.bring_up(&keys, &options.state)?;
     // Before anybody is told that the servers are guarded, and before keys come.
     let (seen, mut seen_later) = mpsc::unbounded_channel();
     let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;
     count_closed(&mut kernel, closed);
     let since = Instant::now();
-    wait_for_keys(&keys, &mut kernel).await?;
+    wait_for_keys(&keys, &mut engine, &mut kernel).await?;
     let mut reloads =
         Reloads::listen(options, hangup, InForce { policy: Arc::clone(policy), numbers, keys })?;
     // Programs are loaded and attached, sockets listen: from here on it is maps and files.
@@ -309,14 +328,21 @@ fn count_closed(kernel: &mut Kernel, count: usize) {
 }
 
 /// Gives the issuers' keys a while to come. The kernel must not think meanwhile that nobody is there.
-async fn wait_for_keys(keys: &KeyManagerHandle, kernel: &mut Kernel) -> anyhow::Result<()> {
+async fn wait_for_keys(
+    keys: &KeyManagerHandle,
+    engine: &mut Engine,
+    kernel: &mut Kernel,
+) -> anyhow::Result<()> {
     let initial = keys.wait_initial(KEYS_TIMEOUT);
     tokio::pin!(initial);
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     let complete = loop {
         tokio::select! {
             complete = &mut initial => break complete,
-            _ = heartbeat.tick() => kernel.heartbeat(now().boot_ns)?,
+            _ = heartbeat.tick() => {
+                kernel.heartbeat(now().boot_ns)?;
+                engine.tick(now(), kernel);
+            }
         }
     };
     if !complete {

@@ -19,7 +19,7 @@ use crate::control::{Report, Request, Response};
 use crate::core::{Claims, Consequences, Endpoints, Engine, Judged, Next, Transition};
 use crate::keys::KeyManagerHandle;
 use crate::lifecycle::lock::{DaemonLock, ReloadRecord};
-use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyErrors, Warning};
+use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyErrors, PolicyText, Warning};
 use crate::revocation::store::StateDir;
 
 /// How long a new policy waits for the keys of its issuers. Then it is in force all the same, as at the start.
@@ -44,7 +44,7 @@ enum Job {
     /// The policy file is read again.
     Reload { triggers: Vec<&'static str>, answers: Vec<oneshot::Sender<Response>> },
     /// A policy is compared.
-    Diff { file: String, text: String, answer: oneshot::Sender<Response> },
+    Diff { policy: PolicyText, answer: oneshot::Sender<Response> },
 }
 
 /// What happened.
@@ -138,7 +138,7 @@ impl Reloads {
                 self.reload("enforcer reload", Some(answer));
             }
             Event::Order(Order { request: Request::Diff { file, text }, answer }) => {
-                self.queue(Job::Diff { file, text, answer });
+                self.queue(Job::Diff { policy: PolicyText { file, text }, answer });
             }
             Event::Prepared(result) => {
                 if let Some((job, _)) = self.running.take() {
@@ -187,7 +187,7 @@ impl Reloads {
             Job::Reload { .. } => {
                 Source::File { path: self.path.clone(), revocations: self.revocations.clone() }
             }
-            Job::Diff { file, text, .. } => Source::Text { file: file.clone(), text: text.clone() },
+            Job::Diff { policy, .. } => Source::Text(policy.clone()),
         };
         let old = Old {
             policy: Arc::clone(&self.in_force.policy),
@@ -266,7 +266,12 @@ fn unchanged(engine: &Engine) -> Report {
     Report { generation: engine.generation(), ..Report::default() }
 }
 
-fn report(engine: &Engine, diff: PolicyDiff, warnings: Vec<String>, consequences: Consequences) -> Report {
+pub(super) fn report(
+    engine: &Engine,
+    diff: PolicyDiff,
+    warnings: Vec<String>,
+    consequences: Consequences,
+) -> Report {
     let Consequences { grants, flows, losses } = consequences;
     Report { changed: true, generation: engine.generation(), warnings, diff, grants, flows, losses }
 }
@@ -280,7 +285,7 @@ fn response(result: Result<Report, ReloadError>) -> Response {
 }
 
 /// Says in the log what became of a reload.
-fn tell(trigger: &str, result: &Result<Report, ReloadError>) {
+pub(super) fn tell(trigger: &str, result: &Result<Report, ReloadError>) {
     match result {
         Err(ReloadError::Rejected(errors)) => {
             for defect in &errors.errors {
@@ -326,35 +331,41 @@ enum Source {
     /// To switch to it.
     File { path: PathBuf, revocations: StateDir },
     /// To compare it.
-    Text { file: String, text: String },
+    Text(PolicyText),
 }
 
 /// What is in force while another policy is prepared. Only one is at a time, so it still is when that is done.
-struct Old {
-    policy: Arc<Policy>,
-    numbers: crate::core::Numbers,
-    endpoints: Endpoints,
-    keys: KeyManagerHandle,
-    claims: Vec<Claims>,
+pub(super) struct Old {
+    pub(super) policy: Arc<Policy>,
+    pub(super) numbers: crate::core::Numbers,
+    pub(super) endpoints: Endpoints,
+    pub(super) keys: KeyManagerHandle,
+    pub(super) claims: Vec<Claims>,
 }
 
 /// Reads, parses, compiles and compares a policy, has its keys fetched and the grants judged. `None`: it is the old one.
 async fn prepare(source: Source, old: Old) -> Outcome {
     let failed = |error: tokio::task::JoinError| ReloadError::Failed(error.into());
-    let (loaded, revocations) = tokio::task::spawn_blocking(move || match source {
-        Source::File { path, revocations } => (policy::load(&path), Some(revocations)),
-        Source::Text { file, text } => (policy::parse(&file, &text), None),
-    })
-    .await
-    .map_err(failed)?;
-    let (policy, warnings) = loaded?;
+    let read = tokio::task::spawn_blocking(move || {
+        let (text, revocations) = match source {
+            Source::File { path, revocations } => (PolicyText::read(&path)?, Some(revocations)),
+            Source::Text(text) => (text, None),
+        };
+        // Who asks for a comparison has looked whether the files that it names are there.
+        let compiled = match &revocations {
+            Some(_) => text.compile()?,
+            None => policy::parse(&text.file, &text.text)?,
+        };
+        Ok::<_, PolicyErrors>((text, compiled, revocations))
+    });
+    let (text, (policy, warnings), revocations) = read.await.map_err(failed)??;
     if policy == *old.policy {
         return Ok(None);
     }
     let keys = old.keys.following(&policy);
     let missing = if keys.wait_initial(KEYS_TIMEOUT).await { Vec::new() } else { without_keys(&keys) };
     let prepared = tokio::task::spawn_blocking(move || {
-        let prepared = build(policy, &warnings, missing, keys, old)?;
+        let prepared = build((Arc::new(policy), text), &warnings, missing, keys, old)?;
         // Last, and not in the event loop: it may be somebody else's for a moment.
         let lock = revocations.map(|revocations| revocations.lock()).transpose();
         let lock = lock.map_err(|error| ReloadError::Failed(error.into()))?;
@@ -373,8 +384,9 @@ fn without_keys(keys: &KeyManagerHandle) -> Vec<String> {
         .collect()
 }
 
-fn build(
-    policy: Policy,
+/// Compares the policies, and judges the grants whose claims are known.
+pub(super) fn build(
+    (policy, text): (Arc<Policy>, PolicyText),
     warnings: &[Warning],
     missing: Vec<String>,
     keys: KeyManagerHandle,
@@ -388,6 +400,6 @@ fn build(
     let mut next = Next { transition, judged: Judged::new() };
     next.judge(&old.claims, &keys.snapshot(), now().unix_secs);
     let warnings = warnings.iter().map(ToString::to_string).chain(missing).collect();
-    let in_force = InForce { policy: Arc::new(policy), numbers, keys };
-    Ok(Prepared { in_force, next, diff, warnings, lock: None })
+    let in_force = InForce { policy, numbers, keys };
+    Ok(Prepared { in_force, text, next, diff, warnings, lock: None })
 }

@@ -2,9 +2,10 @@
 
 use anyhow::{Context as _, ensure};
 use enforcer_common::abi::{MAX_REVOCATIONS, REVOCATION_NEXT_ID, REVOCATION_TOKEN_LIFE_SECS};
+use tracing::warn;
 
 use crate::datapath::Live;
-use crate::policy::Policy;
+use crate::policy::{Policy, PolicyText};
 use crate::revocation::store::{Recorded, StateDir, StateLock};
 use crate::revocation::{Revocations, is_over, token_life_secs};
 
@@ -35,6 +36,18 @@ impl<'a> State<'a> {
     /// With its lock in hand already.
     pub(super) const fn locked(dir: &'a StateDir, lock: StateLock) -> Self {
         Self { dir, lock }
+    }
+
+    /// Gives the lock to somebody who goes on with the state.
+    pub(super) fn into_lock(self) -> StateLock {
+        self.lock
+    }
+
+    /// Records the policy that the maps were filled by.
+    pub(super) fn keep_policy(&self, policy: &PolicyText) {
+        if let Err(error) = self.dir.write_policy(&self.lock, policy) {
+            warn!(%error, "the policy can't be recorded; a start under another one will close the open connections");
+        }
     }
 
     /// The key of the token fingerprints, for maps that are new.

@@ -28,6 +28,8 @@ pub enum Start {
     Adopt {
         /// The programs in the kernel are not this daemon's own.
         replace_programs: bool,
+        /// The maps were filled by another policy, from which is then switched as at a reload.
+        switch_policy: bool,
     },
     /// A new enforcement is attached beside the old one, which goes then, with its connections.
     TakeOver {
@@ -47,11 +49,11 @@ pub struct Downgrade {
     pub found: u32,
 }
 
-/// Decides how to start.
+/// Decides how to start. `former_hash` is that of the policy which the last daemon recorded, if a reload could go from it to ours.
 ///
 /// # Errors
 /// See [`Downgrade`]; nothing may be touched then.
-pub fn plan(living: Option<&Living>, ours: &Ours) -> Result<Start, Downgrade> {
+pub fn plan(living: Option<&Living>, ours: &Ours, former_hash: Option<[u8; 32]>) -> Result<Start, Downgrade> {
     let Some(living) = living else { return Ok(Start::Fresh) };
     let take_over = |reason| Ok(Start::TakeOver { reason });
     match living.abi_version {
@@ -69,10 +71,12 @@ pub fn plan(living: Option<&Living>, ours: &Ours) -> Result<Start, Downgrade> {
         Some(_) => return take_over("it guards another cgroup"),
         None => return take_over("its programs are not attached"),
     }
-    if state.policy_hash != ours.policy_hash {
-        return take_over("its policy is another one");
+    let switch_policy = state.policy_hash != ours.policy_hash;
+    // The record counts only if it is the policy that the maps were filled by.
+    if switch_policy && former_hash != Some(state.policy_hash) {
+        return take_over("its policy is another one, and is not known well enough to switch from it");
     }
-    Ok(Start::Adopt { replace_programs: state.object_hash != ours.object_hash })
+    Ok(Start::Adopt { replace_programs: state.object_hash != ours.object_hash, switch_policy })
 }
 
 /// Which of the directories that starts use takes the place of the lasting one, if that is missing: a start was killed
@@ -134,16 +138,44 @@ mod tests {
     }
 
     fn is_take_over(living: Living) -> bool {
-        matches!(plan(Some(&living), &OURS), Ok(Start::TakeOver { .. }))
+        // With the record that would do, were it not for the rest.
+        let former = living.state.map(|state| state.policy_hash);
+        matches!(plan(Some(&living), &OURS, former), Ok(Start::TakeOver { .. }))
     }
 
     #[test]
     fn the_same_is_adopted_and_only_other_programs_are_replaced() {
-        assert_eq!(plan(None, &OURS), Ok(Start::Fresh));
-        assert_eq!(plan(Some(&living()), &OURS), Ok(Start::Adopt { replace_programs: false }));
-        for object_hash in [[0; 32], [9; 32]] {
-            let other = Living { state: Some(DaemonState { object_hash, ..state() }), ..living() };
-            assert_eq!(plan(Some(&other), &OURS), Ok(Start::Adopt { replace_programs: true }));
+        assert_eq!(plan(None, &OURS, None), Ok(Start::Fresh));
+        let adopt = |replace_programs| Ok(Start::Adopt { replace_programs, switch_policy: false });
+        // No record is needed, and none that is another one's does harm.
+        for former in [None, Some(OURS.policy_hash), Some([4; 32])] {
+            assert_eq!(plan(Some(&living()), &OURS, former), adopt(false));
+            for object_hash in [[0; 32], [9; 32]] {
+                let other = Living { state: Some(DaemonState { object_hash, ..state() }), ..living() };
+                assert_eq!(plan(Some(&other), &OURS, former), adopt(true));
+            }
+        }
+    }
+
+    #[test]
+    fn from_another_policy_is_switched_if_it_is_known_that_it_filled_the_maps() {
+        let former = [4; 32];
+        let filled_by = |policy_hash| Living {
+            state: Some(DaemonState { policy_hash, object_hash: [9; 32], ..state() }),
+            ..living()
+        };
+        let switch = Start::Adopt { replace_programs: true, switch_policy: true };
+        assert_eq!(plan(Some(&filled_by(former)), &OURS, Some(former)), Ok(switch));
+        // None is recorded, or another one; or a daemon was killed while it switched.
+        let unknown = [
+            (former, None),
+            (former, Some([5; 32])),
+            (former, Some(OURS.policy_hash)),
+            ([0; 32], Some(former)),
+        ];
+        for (policy_hash, recorded) in unknown {
+            let start = plan(Some(&filled_by(policy_hash)), &OURS, recorded).unwrap();
+            assert!(matches!(start, Start::TakeOver { reason } if reason.contains("policy")), "{start:?}");
         }
     }
 
@@ -156,15 +188,13 @@ mod tests {
         assert!(is_take_over(Living { state: None, ..living() }));
         assert!(is_take_over(Living { cgroup_id: None, ..living() }));
         assert!(is_take_over(Living { cgroup_id: Some(8), ..living() }));
-        let policy = DaemonState { policy_hash: [4; 32], ..state() };
-        assert!(is_take_over(Living { state: Some(policy), ..living() }));
     }
 
     #[test]
     fn a_newer_one_is_left_alone_whatever_else_is_wrong() {
         let found = ABI_VERSION + 1;
         let newer = Living { abi_version: Some(found), complete: false, cgroup_id: None, state: None };
-        let error = plan(Some(&newer), &OURS).unwrap_err();
+        let error = plan(Some(&newer), &OURS, Some(OURS.policy_hash)).unwrap_err();
         assert_eq!(error, Downgrade { found });
         assert!(error.to_string().starts_with("downgrade refused"), "{error}");
     }

@@ -38,6 +38,8 @@ pub use resource::{MAX_RESOURCE_BYTES, ResourceError, canonical_resource};
 pub use sharing::METADATA_PREFIX;
 pub use types::*;
 
+use serde::{Deserialize, Serialize};
+
 use fields::{Field, Mapping, Report};
 use node::{At, Value};
 use server::Placed;
@@ -63,9 +65,37 @@ pub const MAX_REPORTED_ERRORS: usize = 200;
 /// Everything that [`parse`] finds, and a file that can't be read, is not a regular one, is larger than
 /// [`MAX_FILE_BYTES`] or is not UTF-8.
 pub fn load(path: &Path) -> Result<(Policy, Vec<Warning>), PolicyErrors> {
-    let name = path.display().to_string();
-    let text = read(path).map_err(|(at, defect)| Report::new(&name).fail(at, "", defect))?;
-    compile(&name, &text, Path::exists)
+    PolicyText::read(path)?.compile()
+}
+
+/// The text of a policy file, from which the same policy can be compiled again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyText {
+    /// What messages call the file. Its directory is where the file's relative paths begin.
+    pub file: String,
+    /// What is in it.
+    pub text: String,
+}
+
+impl PolicyText {
+    /// Reads the policy file at `path`.
+    ///
+    /// # Errors
+    /// The file can't be read, is not a regular one, is larger than [`MAX_FILE_BYTES`] or is not UTF-8.
+    pub fn read(path: &Path) -> Result<Self, PolicyErrors> {
+        let file = path.display().to_string();
+        let text = read(path).map_err(|(at, defect)| Report::new(&file).fail(at, "", defect))?;
+        Ok(Self { file, text })
+    }
+
+    /// Compiles it, and looks whether the files that it names are there.
+    ///
+    /// # Errors
+    /// Every defect found, in file order.
+    pub fn compile(&self) -> Result<(Policy, Vec<Warning>), PolicyErrors> {
+        compile(&self.file, &self.text, Path::exists)
+    }
 }
 
 /// SHA-256 of all that a policy says, and of the version of the program that judges by it. What was decided under one hash holds

@@ -1,9 +1,12 @@
-//! What outlives the kernel's memory: the revocations and the key of the token fingerprints, in files for root alone.
+//! What outlives the kernel's memory: the revocations and the key of the token fingerprints, in files for root alone. And what the
+//! next daemon needs of this one: the policy.
 //!
-//! `/var/lib/enforcer/<pin name>/` holds `revocations.json`, `fingerprint.key` and `lock`. Files are written beside their place,
+//! `/var/lib/enforcer/<pin name>/` holds `revocations.json`, `fingerprint.key`, `policy.json` and `lock`. Files are written beside their place,
 //! synced, and renamed, so a crash leaves the old one or the new one. Whoever changes revocations, in the map or here, holds
 //! the lock; so does a starting daemon until its maps are in their place, so that no revocation falls between the file that
 //! it has read and the maps that nobody sees yet.
+
+mod policy;
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
