@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::{Guarded, GuardedBuilder, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::Deadline;
+use enforcer_tests::guard::{Deadline, wait_until};
 use enforcer_tests::issuer::{Alg, Issuer};
 use enforcer_tests::raw::{Connection, RequestBuilder};
 use enforcer_tests::recorder::{Config, RemoteRecorder};
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
 use common::{
-    LIMIT, OTHER_RESOURCE, TIMEOUT, endless, ends, flows_on, open_stream, policy, refused_unread, status,
-    tools, unknown,
+    LIMIT, OTHER_RESOURCE, TIMEOUT, assert_nothing_is_left, endless, ends, flows_on, open_stream, policy,
+    refused_unread, status, tools, unknown,
 };
 
 /// Starts that are killed.
@@ -317,4 +318,39 @@ fn killed_at_any_moment_of_such_a_start_nothing_is_open() -> Result<()> {
     refused_unread(&guarded, "a")?;
     assert_eq!(guarded.enforcement.leftover_pins(), [guarded.enforcement.pins()]);
     Ok(())
+}
+
+#[test]
+fn a_reload_that_is_prepared_when_the_daemon_is_stopped_lets_go_of_the_state() -> Result<()> {
+    let _deadline = Deadline::new("restart: prepared", LIMIT);
+    let mut guarded = Guarded::builder("rs-term").option("--no-watch").drain_timeout(120).start()?;
+    let known = guarded.call(Some(&guarded.token()?)).build();
+    let mut open = guarded.connect()?;
+    assert_eq!(open.roundtrip(&known)?.status, 200);
+    // Its keys never come, so the new policy is waited with.
+    let slow = Issuer::new("https://slow.example.com", Alg::Es256)?;
+    let silent = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let url = format!("http://{}/jwks", silent.local_addr()?);
+    let issuers =
+        vec![IssuerSpec::from_file("corp", &guarded.issuer), IssuerSpec::from_url("slow", &slow, &url)];
+    let strict = tools(&guarded).with("scopes", json!(["more"])).with("issuers", json!(["corp", "slow"]));
+    guarded.enforcement.write_policy(&PolicySpec::new(issuers, vec![strict]))?;
+    guarded.enforcement.daemon()?.signal(nix::sys::signal::Signal::SIGHUP)?;
+    // It is being prepared.
+    let asked = silent.accept()?;
+    guarded.enforcement.daemon()?.signal(nix::sys::signal::Signal::SIGTERM)?;
+    guarded.enforcement.daemon()?.wait_for_line("stopping", TIMEOUT)?;
+    // Longer than a policy waits for keys: one that is not abandoned would be ready by now, and hold the lock until the end.
+    thread::sleep(Duration::from_secs(7));
+    let lock = wait_until("the lock of the state", TIMEOUT, || {
+        let file =
+            fs::OpenOptions::new().write(true).open(guarded.enforcement.state_dir().join("lock")).ok()?;
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()
+    })?;
+    assert_eq!(open.roundtrip(&known)?.status, 200, "it drains under the policy in force");
+    let log = guarded.enforcement.log()?;
+    assert!(!log.contains("policy changed") && !log.contains("policy not taken"), "{log}");
+    drop((open, asked, lock));
+    assert!(guarded.enforcement.stop()?.success());
+    assert_nothing_is_left(&guarded)
 }

@@ -142,6 +142,8 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     };
     let plan = Plan { start, filled_by, policy, text, ours, started_ns, cgroup, pins };
     let result = runtime.block_on(enforce(options, &plan, watcher, &mut lock));
+    // What is left may wait for a lock that somebody else has.
+    runtime.shutdown_background();
     drop(lock);
     result
 }
@@ -263,6 +265,7 @@ async fn enforce(
                 }
                 warn!(reason, "stopping without --keep: new connections are NOT guarded any more, guarded ones may finish");
                 kernel.drain();
+                reloads.abandon();
                 let (pins, drain_timeout) = (plan.pins.clone(), options.drain_timeout);
                 unloading = Some(tokio::task::spawn_blocking(move || {
                     unload(&pins, &UnloadOptions { drain_timeout, force: false })

@@ -234,6 +234,16 @@ impl Reloads {
         }
     }
 
+    /// No other policy from here on: what is being prepared comes to nothing and lets go of its lock, and who waits is told.
+    pub(super) fn abandon(&mut self) {
+        if let Some((_, task)) = self.running.take() {
+            task.abort();
+        }
+        self.waiting.clear();
+        self.orders.close();
+        while self.orders.try_recv().is_ok() {}
+    }
+
     /// The new policy takes the old one's place.
     fn take(
         &mut self,
