@@ -1,6 +1,9 @@
 //! A daemon that starts under another policy than the one before it: what that policy still allows goes on, the rest ends.
 
 mod common;
+#[allow(dead_code, reason = "each test program uses its part")]
+#[path = "bypass/maps.rs"]
+mod maps;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -20,6 +23,7 @@ use common::{
     LIMIT, OTHER_RESOURCE, TIMEOUT, assert_nothing_is_left, endless, ends, flows_on, open_stream, policy,
     refused_unread, status, tools, unknown,
 };
+use maps::PinnedMap;
 
 /// Starts that are killed.
 const ROUNDS: u32 = 10;
@@ -283,6 +287,30 @@ fn without_the_record_of_the_former_policy_its_connections_are_closed() -> Resul
     restart(&mut guarded, true, &next.daemon_timeout("20s"))?;
     assert_switched(&guarded)?;
     assert_eq!(open.roundtrip(&known)?.status, 200);
+    Ok(())
+}
+
+/// An upgrade: the maps were filled by a program that has another hash for the same policy, and other kernel programs.
+#[test]
+fn a_program_of_another_version_decides_anew_and_streams_go_on() -> Result<()> {
+    let _deadline = Deadline::new("restart: version", LIMIT);
+    let mut guarded = kept("rs-version").recorder(endless()).start()?;
+    let good = guarded.call(Some(&guarded.token()?)).build();
+    let mut stream = open_stream(guarded.connect()?, &good)?;
+    let (before, record) = (generation(&guarded)?, guarded.enforcement.state_dir().join("policy.json"));
+    guarded.enforcement.kill9()?;
+    let mut document: Value = serde_json::from_slice(&fs::read(&record)?)?;
+    document["recorded"]["policy_hash"] = serde_json::to_value([7_u8; 32])?;
+    fs::write(&record, document.to_string())?;
+    let state = PinnedMap::open(&guarded.enforcement.pins().join("DAEMON_STATE"))?;
+    // `DaemonState`: the key of the fingerprints, then the hashes of policy and programs.
+    state.change(&0_u32.to_ne_bytes(), |value| value[32..96].fill(7))?;
+    guarded.enforcement.launch()?;
+    assert_switched(&guarded)?;
+    assert!(guarded.enforcement.log()?.contains("replace_programs=true"));
+    assert!(generation(&guarded)? > before);
+    flows_on(&mut stream)?;
+    assert_eq!(status(&guarded, &guarded.call(None).build())?, 401);
     Ok(())
 }
 

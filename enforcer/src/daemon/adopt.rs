@@ -18,7 +18,7 @@ use crate::datapath::{self, GATE_PIN, Injectors, LINK_PIN, LiveError, Maps, PinD
 use crate::keys::KeyManagerHandle;
 use crate::lifecycle::start::Ours;
 use crate::policy::{self, Policy, PolicyText};
-use crate::revocation::store::{StateDir, StateLock};
+use crate::revocation::store::{RecordedPolicy, StateDir, StateLock};
 use crate::token::Fingerprinter;
 
 /// Shows the kernel that a daemon is there, so that requests which it does not know wait for it instead of being refused, and tells
@@ -34,14 +34,17 @@ pub(super) fn claim(pins: &PinDir, started_ns: u64) -> Result<(), LiveError> {
     })
 }
 
-/// The policy that an earlier daemon recorded, if a reload could go from it to the next one. Whether it is the one that the maps were
-/// filled by, its hash says.
-pub(super) fn former(state: &StateDir, next: &Policy) -> Option<Policy> {
-    let recorded = || -> anyhow::Result<Option<Policy>> {
-        let Some(text) = state.read_policy()? else { return Ok(None) };
+/// The policy that an earlier daemon recorded, if a reload could go from it to the next one, and its hash. Whether it is the one that the
+/// maps were filled by, the hash says. A program of another version has another one for the same text, so from that is switched as well:
+/// what was decided about heads ends, and open streams go on.
+pub(super) fn former(state: &StateDir, next: &Policy) -> Option<(Policy, [u8; 32])> {
+    let recorded = || -> anyhow::Result<Option<(Policy, [u8; 32])>> {
+        let Some(RecordedPolicy { policy: text, policy_hash }) = state.read_policy()? else {
+            return Ok(None);
+        };
         let (former, _) = policy::parse(&text.file, &text.text)?;
         Numbers::default().next(&former)?.next(next)?;
-        Ok(Some(former))
+        Ok(Some((former, policy_hash)))
     };
     recorded().unwrap_or_else(|error| {
         warn!(error = format!("{error:#}"), "the record of the former policy is of no use");

@@ -108,8 +108,8 @@ pub(super) fn switch(
     if let Err(error) = write_labels(&new.policy, &new.numbers, kernel) {
         warn!(%error, "not all servers are shown by their new names");
     }
-    revocations.keep_policy(&text);
     let policy_hash = policy::hash(&new.policy);
+    revocations.keep_policy(text, policy_hash);
     if let Err(error) = kernel.maps().set_daemon_state(&DaemonState { policy_hash, ..state }) {
         warn!(%error, "the next daemon will not know the policy, and closes the open connections");
     }

@@ -119,7 +119,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
         Watcher::start(&options.bpffs, &options.pin_name, started_ns).context("cannot start the watcher")?;
     let living = Living::look(&pins);
     let former = living.and_then(|_| adopt::former(&options.state, &policy));
-    let former_hash = former.as_ref().map(policy::hash);
+    let former_hash = former.as_ref().map(|(_, hash)| *hash);
     let mut start = start::plan(living.as_ref(), &ours, former_hash)?;
     if let Start::Adopt { replace_programs, .. } = &mut start {
         *replace_programs |= options.replace_programs;
@@ -137,7 +137,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
     privileges::drop_capabilities()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let filled_by = match (start, former) {
-        (Start::Adopt { switch_policy: true, .. }, Some(former)) => Arc::new(former),
+        (Start::Adopt { switch_policy: true, .. }, Some((former, _))) => Arc::new(former),
         _ => Arc::clone(&policy),
     };
     let plan = Plan { start, filled_by, policy, text, ours, started_ns, cgroup, pins };
@@ -188,7 +188,7 @@ impl Plan {
             }
             Start::Fresh => setup::load(&self.policy, pins, &self.cgroup, ours, started_ns, &state)?,
         };
-        state.keep_policy(&self.text);
+        state.keep_policy(self.text.clone(), self.ours.policy_hash);
         Ok(up)
     }
 }

@@ -6,7 +6,7 @@ use tracing::warn;
 
 use crate::datapath::Live;
 use crate::policy::{Policy, PolicyText};
-use crate::revocation::store::{Recorded, StateDir, StateLock};
+use crate::revocation::store::{Recorded, RecordedPolicy, StateDir, StateLock};
 use crate::revocation::{Revocations, is_over, token_life_secs};
 
 /// What the maps and the file are to hold: all that either has and that is not over, for as long as the policy lets a token live.
@@ -44,8 +44,8 @@ impl<'a> State<'a> {
     }
 
     /// Records the policy that the maps were filled by.
-    pub(super) fn keep_policy(&self, policy: &PolicyText) {
-        if let Err(error) = self.dir.write_policy(&self.lock, policy) {
+    pub(super) fn keep_policy(&self, policy: PolicyText, policy_hash: [u8; 32]) {
+        if let Err(error) = self.dir.write_policy(&self.lock, &RecordedPolicy { policy, policy_hash }) {
             warn!(%error, "the policy can't be recorded; a start under another one will close the open connections");
         }
     }

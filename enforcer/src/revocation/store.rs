@@ -8,6 +8,8 @@
 
 mod policy;
 
+pub use policy::RecordedPolicy;
+
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};

@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 // enum bpf_cmd.
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
@@ -82,6 +83,20 @@ impl PinnedMap {
             }
         }
         Ok(keys)
+    }
+
+    /// Changes a value.
+    pub(crate) fn change(&self, key: &[u8], change: impl FnOnce(&mut [u8])) -> Result<()> {
+        let (key_bytes, value_bytes) = self.sizes()?;
+        ensure!(key.len() == key_bytes, "a key has {key_bytes} bytes");
+        let mut value = vec![0_u8; value_bytes];
+        let attr = Element { value: value.as_mut_ptr() as u64, ..self.element(key, &[]) };
+        // SAFETY: key and value live through the call and have the map's sizes. As below.
+        unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &attr) }.context("lookup")?;
+        change(&mut value);
+        // SAFETY: as above.
+        unsafe { bpf(BPF_MAP_UPDATE_ELEM, &self.element(key, &value)) }.context("update")?;
+        Ok(())
     }
 
     /// Deletes every entry; gives how many there were.

@@ -12,15 +12,26 @@ const VERSION: u32 = 1;
 #[serde(deny_unknown_fields)]
 struct Document {
     version: u32,
-    policy: PolicyText,
+    recorded: RecordedPolicy,
+}
+
+/// What is recorded of a policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordedPolicy {
+    /// Its text.
+    pub policy: PolicyText,
+    /// [`crate::policy::hash`] of what the program that recorded it made of the text.
+    pub policy_hash: [u8; 32],
 }
 
 impl StateDir {
-    /// The policy that was recorded last; `None`: none ever was. Whether it is the one that the maps were filled by, its hash says.
+    /// The policy that was recorded last; `None`: none ever was. Whether it is the one that the maps were filled by, its hash says. It may
+    /// be another version's.
     ///
     /// # Errors
     /// See [`StateError`].
-    pub fn read_policy(&self) -> Result<Option<PolicyText>, StateError> {
+    pub fn read_policy(&self) -> Result<Option<RecordedPolicy>, StateError> {
         let path = self.path().join(FILE);
         let Some(bytes) = read(&path)? else { return Ok(None) };
         let damaged = |reason: String| StateError::Damaged { path: path.clone(), reason };
@@ -29,16 +40,16 @@ impl StateDir {
         if document.version != VERSION {
             return Err(damaged(format!("version {}, where {VERSION} is known", document.version)));
         }
-        Ok(Some(document.policy))
+        Ok(Some(document.recorded))
     }
 
     /// Records a policy in place of the one before. Hold the lock.
     ///
     /// # Errors
     /// See [`StateError`]; what was recorded before stands.
-    pub fn write_policy(&self, _lock: &StateLock, policy: &PolicyText) -> Result<(), StateError> {
+    pub fn write_policy(&self, _lock: &StateLock, recorded: &RecordedPolicy) -> Result<(), StateError> {
         let path = self.path().join(FILE);
-        let document = Document { version: VERSION, policy: policy.clone() };
+        let document = Document { version: VERSION, recorded: recorded.clone() };
         let bytes = serde_json::to_vec(&document).map_err(|error| unusable(&path)(error.into()))?;
         replace(&path, &bytes)
     }
@@ -56,11 +67,12 @@ mod tests {
         assert_eq!(state.read_policy().unwrap(), None);
         for text in ["version: 1\n# \"é\"\n", "{}"] {
             let policy = PolicyText { file: "/etc/policy.yaml".into(), text: text.into() };
-            state.write_policy(&lock, &policy).unwrap();
-            assert_eq!(state.read_policy().unwrap(), Some(policy));
+            let recorded = RecordedPolicy { policy, policy_hash: [7; 32] };
+            state.write_policy(&lock, &recorded).unwrap();
+            assert_eq!(state.read_policy().unwrap(), Some(recorded));
         }
         for text in
-            ["", "{}", r#"{"version":2,"policy":{"file":"","text":""}}"#, r#"{"version":1,"policy":""}"#]
+            ["", "{}", r#"{"version":2,"recorded":{"file":"","text":""}}"#, r#"{"version":1,"recorded":""}"#]
         {
             std::fs::write(state.path().join(FILE), text).unwrap();
             assert!(matches!(state.read_policy(), Err(StateError::Damaged { .. })), "{text}");
