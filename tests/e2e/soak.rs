@@ -19,7 +19,7 @@ use torture::{Random, Scene, Sockets, post, wait_for_no_flows};
 
 /// How long, in seconds; `cargo xtask test --soak-minutes` sets it.
 const SECONDS_VARIABLE: &str = "ENFORCER_SOAK_SECS";
-const DEFAULT_SECONDS: u64 = 45;
+const DEFAULT_SECONDS: u64 = 60;
 const CLIENTS: u64 = 8;
 /// What an allocator may keep between two looks at a process that does the same all the time.
 const SLACK_BYTES: u64 = 24 << 20;

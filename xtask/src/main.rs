@@ -86,7 +86,7 @@ enum Task {
         /// Without root, run what can be run and count that as success.
         #[arg(long)]
         unprivileged: bool,
-        /// How long the soak test churns, in minutes [default: 45 seconds]; give the step as much and some more.
+        /// How long the soak test churns, in minutes [default: one minute]; give the step as much and some more.
         #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u64).range(1..=600))]
         soak_minutes: Option<u64>,
         /// How often the kill test kills the daemon [default: 20]; 500 take about ten minutes.
