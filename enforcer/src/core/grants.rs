@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use enforcer_common::abi::{
-    GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, REVOKED_BY_OPERATOR, grant_serial, text,
+    GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, REVOKED_BY_OPERATOR, grant_bit,
+    grant_serial, text,
 };
 
 use tracing::error;
 
+use crate::policy::MAX_LEEWAY_SECS;
 use crate::revocation::name_hash;
 use crate::token::{Fingerprint, VerifiedToken};
 
@@ -20,6 +22,9 @@ pub const GRANT_MAX_NS: u64 = 300 * 1_000_000_000;
 /// How long a slot rests between two grants, and a grant whose time is over before its slot is freed: longer than any program
 /// runs, so that none reads one half old and half new, and none still notes its serial in a flow.
 pub const QUARANTINE_NS: u64 = 2 * 1_000_000_000;
+
+/// Slots that grants which are kept for [`enforcer_common::abi::Flow::evicted_grants`] alone leave to others.
+pub(super) const RESERVED_SLOTS: usize = MAX_GRANTS as usize / 4;
 
 /// A grant that a verdict can name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,13 +54,28 @@ pub struct GrantFor<'a> {
 
 type Key = (Fingerprint, u32);
 
+/// A slot's grant.
+#[derive(Debug, Clone, Copy)]
+struct InUse {
+    key: Key,
+    serial: u64,
+    /// When its token is refused whatever leeway a policy allows, in Unix seconds.
+    token_over_unix_secs: u64,
+}
+
+impl InUse {
+    const fn new(key: Key, serial: u64, expires_at_unix_secs: u64) -> Self {
+        Self { key, serial, token_over_unix_secs: expires_at_unix_secs.saturating_add(MAX_LEEWAY_SECS) }
+    }
+}
+
 /// The slots, by token and server.
 #[cfg_attr(test, derive(Clone))]
 #[derive(Debug)]
 pub struct GrantTable {
     held: HashMap<Key, Granted>,
     /// Slots in use, by the end of their grants: also of those that gave way to another grant of the same token.
-    by_deadline: BTreeMap<(u64, u32), (Key, u64)>,
+    by_deadline: BTreeMap<(u64, u32), InUse>,
     /// When tokens end, in Unix seconds, and their slots: what streams must end next.
     by_end: BTreeSet<(u64, u32)>,
     /// Freed slots and when they may be used again.
@@ -92,7 +112,8 @@ impl GrantTable {
             self.next_slot = slot + 1;
             self.next_number = self.next_number.max(grant.serial >> GRANT_SLOT_BITS);
             let key = (Fingerprint(grant.fingerprint), grant.server_id);
-            self.by_deadline.insert((grant.deadline_ns, slot), (key, grant.serial));
+            let in_use = InUse::new(key, grant.serial, grant.expires_at_unix_secs);
+            self.by_deadline.insert((grant.deadline_ns, slot), in_use);
             self.by_end.insert((grant.ends_at_unix_secs, slot));
             let newest = self.held.get(&key).is_none_or(|held| held.serial < grant.serial);
             if newest && grant.generation == generation && grant.revoked == 0 {
@@ -180,7 +201,7 @@ impl GrantTable {
         self.remembered.keep(Claims { serial, server_id: ask.server_id, evidence });
         let granted = Granted { slot, serial, deadline_ns };
         self.held.insert(key, granted);
-        self.by_deadline.insert((deadline_ns, slot), (key, serial));
+        self.by_deadline.insert((deadline_ns, slot), InUse::new(key, serial, token.expires_at));
         self.by_end.insert((token.not_after_unix_secs, slot));
         Some(granted)
     }
@@ -224,18 +245,40 @@ impl GrantTable {
         self.by_deadline.first_key_value().is_some_and(|((deadline_ns, _), _)| over(*deadline_ns, now))
     }
 
-    /// Frees the slots of grants whose time is over and whose serial is none of `named`: those that flows name.
-    pub fn free<D: Datapath>(&mut self, named: &HashSet<u64>, now: Now, datapath: &mut D) {
-        let is_free = |(&at, &(key, serial)): (&(u64, u32), &(Key, u64))| {
-            (over(at.0, now) && !named.contains(&serial)).then_some((at, key))
-        };
-        let free: Vec<_> =
-            self.by_deadline.iter().take_while(|((at, _), _)| over(*at, now)).filter_map(is_free).collect();
+    /// Whether fewer slots than [`RESERVED_SLOTS`] are free.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.by_deadline.len() > MAX_GRANTS as usize - RESERVED_SLOTS
+    }
+
+    /// Frees the slots of grants whose time is over, but for those that revocations must still find: whose serial is one of `named`,
+    /// which flows name, or which has one of the bits `evicted`, that flows have, and a token that is still good. Gives the bits
+    /// of the latter.
+    pub fn free<D: Datapath>(
+        &mut self,
+        named: &HashSet<u64>,
+        evicted: u64,
+        now: Now,
+        datapath: &mut D,
+    ) -> u64 {
+        let mut kept = 0;
+        let mut free = Vec::new();
+        for (&at, in_use) in self.by_deadline.iter().take_while(|((at, _), _)| over(*at, now)) {
+            let InUse { key, serial, token_over_unix_secs } = *in_use;
+            if named.contains(&serial) {
+                continue;
+            }
+            if evicted & grant_bit(serial) != 0 && now.unix_secs < token_over_unix_secs {
+                kept |= grant_bit(serial);
+            } else {
+                free.push((at, key));
+            }
+        }
         for (at, key) in free {
             let slot = at.1;
-            let Ok(current) = datapath.grant(slot) else { return };
+            let Ok(current) = datapath.grant(slot) else { return kept };
             if datapath.set_grant(slot, &Grant { serial: 0, ..current }).is_err() {
-                return;
+                return kept;
             }
             self.remembered.forget(current.serial);
             self.by_deadline.remove(&at);
@@ -245,6 +288,7 @@ impl GrantTable {
             }
             self.resting.push_back((now.boot_ns.saturating_add(QUARANTINE_NS), slot));
         }
+        kept
     }
 }
 

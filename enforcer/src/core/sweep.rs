@@ -4,7 +4,7 @@
 //! requests used ([`enforcer_common::flow::use_grant`]), a grant keeps its slot while a flow names it, and now and then
 //! all flows are held against the grants.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use enforcer_common::abi::{FLOW_GRANTS, FLOW_OBSERVE, Flow, Grant, grant_bit, grant_slot};
 use tracing::{info, warn};
@@ -28,6 +28,8 @@ pub enum StreamEnd {
     Expired,
     /// It names a grant that does not exist.
     GrantGone,
+    /// It used so many tokens that grants are kept on its account, and slots are short.
+    GrantsShort,
 }
 
 impl StreamEnd {
@@ -38,6 +40,7 @@ impl StreamEnd {
             Self::Revoked => "stream-revoked",
             Self::Expired => "stream-expired",
             Self::GrantGone => "stream-grant-gone",
+            Self::GrantsShort => "stream-grants-short",
         }
     }
 }
@@ -109,8 +112,8 @@ pub struct Sweeper {
     next_ns: u64,
     next_free_ns: u64,
     often_until_ns: u64,
-    /// Revoked grants that were dealt with.
-    revoked: HashSet<u64>,
+    /// Revoked grants and when they were seen first, on `CLOCK_BOOTTIME`.
+    revoked: HashMap<u64, u64>,
 }
 
 impl Sweeper {
@@ -138,7 +141,14 @@ impl Sweeper {
         match all {
             Ok(()) => {
                 let named = streams.iter().flat_map(|stream| stream.grants).collect();
-                grants.free(&named, now, datapath);
+                let evicted = streams.iter().fold(0, |bits, stream| bits | stream.evicted_grants);
+                let kept = grants.free(&named, evicted, now, datapath);
+                if grants.is_short() {
+                    // What these hold is freed when they are gone, not before.
+                    let holds = |stream: &&Stream| stream.evicted_grants & kept != 0;
+                    let ends = streams.iter().filter(holds).map(|stream| (stream, StreamEnd::GrantsShort));
+                    destroy(ends.collect(), datapath);
+                }
             }
             Err(error) => warn!(%error, "not all flows could be looked through; the next tick tries again"),
         }
@@ -146,39 +156,48 @@ impl Sweeper {
 
     fn end<D: Datapath>(&mut self, streams: &[Stream], now: Now, grants: &GrantTable, datapath: &mut D) {
         let newly_revoked = if streams.iter().any(|stream| stream.evicted_grants != 0) {
-            self.newly_revoked(grants, datapath)
+            self.newly_revoked(now, grants, datapath)
         } else {
             Vec::new()
         };
         let mut seen = HashMap::new();
-        let mut counts = [0_u64; 3];
-        for stream in streams {
+        let end = |stream| {
             let end = must_end(stream, now.unix_secs, &newly_revoked, |serial| {
                 *seen.entry(serial).or_insert_with(|| datapath.grant(grant_slot(serial)).ok())
-            });
-            if let Some(end) = end {
-                datapath.count(end.name());
-                datapath.destroy(stream.cookie, stream.netns_cookie, 0);
-                if let Some(count) = counts.get_mut(end as usize) {
-                    *count += 1;
-                }
-            }
-        }
-        let [revoked, expired, grant_gone] = counts;
-        if counts != [0; 3] {
-            info!(revoked, expired, grant_gone, "connections of tokens that are no longer good were ended");
-        }
+            })?;
+            Some((stream, end))
+        };
+        let ends = streams.iter().filter_map(end).collect();
+        destroy(ends, datapath);
     }
 
-    fn newly_revoked<D: Datapath>(&mut self, grants: &GrantTable, datapath: &mut D) -> Vec<u64> {
-        let all: HashSet<u64> = (0..grants.slots_used())
+    /// Serials of grants that were revoked a short while ago: a request that passed just before may be noted in its flow, and make
+    /// room for others, just after the first look.
+    fn newly_revoked<D: Datapath>(&mut self, now: Now, grants: &GrantTable, datapath: &mut D) -> Vec<u64> {
+        let seen = std::mem::take(&mut self.revoked);
+        let since = |serial: u64| (serial, seen.get(&serial).copied().unwrap_or(now.boot_ns));
+        self.revoked = (0..grants.slots_used())
             .filter_map(|slot| datapath.grant(slot).ok())
             .filter(|grant| grant.serial != 0 && grant.revoked != 0)
-            .map(|grant| grant.serial)
+            .map(|grant| since(grant.serial))
             .collect();
-        let new = all.difference(&self.revoked).copied().collect();
-        self.revoked = all;
-        new
+        let is_new = |since_ns: u64| now.boot_ns < since_ns.saturating_add(OFTEN_FOR_NS);
+        self.revoked.iter().filter(|(_, since_ns)| is_new(**since_ns)).map(|(serial, _)| *serial).collect()
+    }
+}
+
+fn destroy<D: Datapath>(ends: Vec<(&Stream, StreamEnd)>, datapath: &mut D) {
+    let mut counts = BTreeMap::new();
+    for (stream, end) in ends {
+        datapath.count(end.name());
+        datapath.destroy(stream.cookie, stream.netns_cookie, 0);
+        *counts.entry(end).or_insert(0_u64) += 1;
+    }
+    if !counts.is_empty() {
+        info!(
+            ?counts,
+            "connections of tokens that are no longer good, or can't be told any more, were ended"
+        );
     }
 }
 

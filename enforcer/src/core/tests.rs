@@ -19,6 +19,7 @@ use crate::revocation::tests::revocation;
 use crate::token::Fingerprinter;
 use crate::token::testing::{NOW, World};
 
+mod evicted;
 mod switch;
 
 const COOKIE: u64 = 7;
@@ -581,7 +582,7 @@ fn adopted_grants_are_found_and_freed() {
     let rested = Now { boot_ns: bench.now.boot_ns + QUARANTINE_NS, ..bench.now };
     assert_eq!(give(old.fingerprint, rested).slot, 1);
     let end = Now { boot_ns: bench.now.boot_ns + 2 * GRANT_MAX_NS, ..bench.now };
-    table.free(&std::collections::HashSet::new(), end, &mut bench.fake);
+    table.free(&std::collections::HashSet::new(), 0, end, &mut bench.fake);
     assert!(table.is_empty());
     assert!(bench.fake.grants.values().all(|grant| grant.serial == 0));
 }

@@ -9,7 +9,7 @@ use super::error::{Caution, Defect};
 use super::fields::{Field, Mapping, Report};
 use super::node::At;
 use super::server::{self, Placed};
-use super::{Algorithm, Issuer, KeySource};
+use super::{Algorithm, Issuer, KeySource, MAX_LEEWAY_SECS};
 
 const FIELDS: &[&str] = &[
     "name",
@@ -29,6 +29,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
+const MAX_LEEWAY: Duration = Duration::from_secs(MAX_LEEWAY_SECS);
 
 /// Most token types for one issuer.
 const MAX_TOKEN_TYPES: usize = 16;
@@ -85,7 +86,7 @@ pub(super) fn compile(
         Some(field) => file(report, &field, directory, file_exists).map(Some),
     };
     let algorithms = algorithms(report, &map);
-    let leeway = duration(report, &map, "leeway", 30 * SECOND, (Duration::ZERO, 5 * MINUTE));
+    let leeway = duration(report, &map, "leeway", 30 * SECOND, (Duration::ZERO, MAX_LEEWAY));
     let max_token_lifetime = duration(report, &map, "max_token_lifetime", DAY, (SECOND, 90 * DAY));
     let token_types = token_types(report, &map);
     let refresh_interval = duration(report, &map, "refresh_interval", 5 * MINUTE, (10 * SECOND, DAY));

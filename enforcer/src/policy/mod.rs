@@ -52,6 +52,8 @@ pub const DEFAULT_DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
 pub const MIN_DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest [`Policy::daemon_timeout`].
 pub const MAX_DAEMON_TIMEOUT: Duration = Duration::from_secs(300);
+/// Largest `leeway` of an issuer, in seconds: how long after its `exp` a token may be accepted by any policy.
+pub const MAX_LEEWAY_SECS: u64 = 300;
 /// Most servers in one policy.
 pub const MAX_SERVERS: usize = 1024;
 /// Most issuers in one policy.
