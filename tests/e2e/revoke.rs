@@ -277,7 +277,7 @@ fn a_fingerprint_outlives_the_daemon_and_ends_with_its_token() -> Result<()> {
     assert_eq!(fingerprint(&guarded)?, before, "the same key after everything was loaded anew");
     let done = revoke(&guarded, &["--token-fingerprint", &before])?;
     let ends = number(&done, "ends_in_s");
-    assert!((500..=600).contains(&ends), "with the token: {done}");
+    assert!((800..=900).contains(&ends), "with the token, under any leeway: {done}");
     assert_revoked(&guarded.connect()?.roundtrip(&request)?);
     // One that nobody has seen may live as long as policy lets any token live.
     let done = revoke(&guarded, &["--token-fingerprint", &"0".repeat(32)])?;

@@ -19,6 +19,7 @@ use super::view::revocations::selection;
 use super::{Global, live};
 use crate::core::{Stream, must_end};
 use crate::datapath::{Live, LiveError, SocketDestroyer};
+use crate::policy::MAX_LEEWAY_SECS;
 use crate::revocation::store::{Recorded, StateDir, StateLock, parse_hex};
 use crate::revocation::{Revocations, is_over, name_hash, selects};
 
@@ -348,16 +349,16 @@ impl Found {
         })
     }
 
-    /// Until when the tokens were issued that are meant, and when the last of them ends: exactly, for a token that is there, else
-    /// by the longest life that policy allows.
+    /// Until when the tokens were issued that are meant, and when the last of them ends: for a token that is there its own `exp` and
+    /// the leeway that a later policy may have, else by the longest life that policy allows.
     fn bound(&self, entry: &mut Revocation, life_secs: u64) {
         entry.issued_until_unix_secs =
             entry.issued_until_unix_secs.max(self.issued_until.unwrap_or_default());
-        let token_end = self.grants.iter().map(|(_, grant)| grant.ends_at_unix_secs).max();
-        match token_end {
-            Some(end) if entry.selectors & REVOKE_TOKEN != 0 => {
+        let token_expires_at = self.grants.iter().map(|(_, grant)| grant.expires_at_unix_secs).max();
+        match token_expires_at {
+            Some(expires_at) if entry.selectors & REVOKE_TOKEN != 0 => {
                 entry.exact_end = 1;
-                entry.expires_at_unix_secs = end;
+                entry.expires_at_unix_secs = expires_at.saturating_add(MAX_LEEWAY_SECS);
             }
             _ => entry.expires_at_unix_secs = entry.issued_until_unix_secs.saturating_add(life_secs),
         }

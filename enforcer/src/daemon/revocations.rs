@@ -1,7 +1,7 @@
 //! The revocations at a start: from the file into the maps.
 
 use anyhow::{Context as _, ensure};
-use enforcer_common::abi::{MAX_REVOCATIONS, REVOCATION_NEXT_ID, REVOCATION_TOKEN_LIFE_SECS};
+use enforcer_common::abi::{MAX_REVOCATIONS, REVOCATION_NEXT_ID, REVOCATION_TOKEN_LIFE_SECS, Revocation};
 use tracing::warn;
 
 use crate::datapath::Live;
@@ -12,7 +12,11 @@ use crate::revocation::{Revocations, is_over, token_life_secs};
 /// What the maps and the file are to hold: all that either has and that is not over, for as long as the policy lets a token live.
 fn merged(recorded: Recorded, in_maps: Revocations, life_secs: u64, now_unix_secs: u64) -> Recorded {
     let mut revocations = recorded.revocations;
-    revocations.extend(in_maps);
+    for (id, entry) in in_maps {
+        let recorded_end = revocations.get(&id).map_or(0, |recorded| recorded.expires_at_unix_secs);
+        let expires_at_unix_secs = entry.expires_at_unix_secs.max(recorded_end);
+        revocations.insert(id, Revocation { expires_at_unix_secs, ..entry });
+    }
     for revocation in revocations.values_mut().filter(|revocation| revocation.exact_end == 0) {
         let end = revocation.issued_until_unix_secs.saturating_add(life_secs);
         revocation.expires_at_unix_secs = revocation.expires_at_unix_secs.max(end);
@@ -94,7 +98,7 @@ impl<'a> State<'a> {
 
 #[cfg(test)]
 mod tests {
-    use enforcer_common::abi::{REVOKE_SUBJECT, REVOKE_TOKEN, Revocation};
+    use enforcer_common::abi::{REVOKE_SUBJECT, REVOKE_TOKEN};
 
     use super::*;
     use crate::revocation::tests::revocation;
@@ -114,6 +118,20 @@ mod tests {
         assert!(
             merged.revocations.values().all(|revocation| revocation.expires_at_unix_secs == 1_000 + 3_600)
         );
+    }
+
+    #[test]
+    fn what_both_sides_know_ends_with_the_later_of_both() {
+        let exact = |expires_at_unix_secs| Revocation {
+            exact_end: 1,
+            expires_at_unix_secs,
+            ..revocation(REVOKE_TOKEN)
+        };
+        for (in_file, in_maps) in [(1_400, 1_100), (1_100, 1_400)] {
+            let recorded = Recorded { revocations: [(1, exact(in_file))].into(), ..Recorded::default() };
+            let merged = merged(recorded, [(1, exact(in_maps))].into(), 3600, 1_200);
+            assert_eq!(merged.revocations.get(&1), Some(&exact(1_400)));
+        }
     }
 
     #[test]

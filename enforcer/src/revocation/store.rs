@@ -26,6 +26,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
 use super::Revocations;
+use crate::policy::MAX_LEEWAY_SECS;
 
 /// Where the directories of the enforcements lie, unless told otherwise.
 pub const STATE_DIR: &str = "/var/lib/enforcer";
@@ -140,10 +141,17 @@ impl StateDir {
         let damaged = |reason: String| StateError::Damaged { path: path.clone(), reason };
         let document: Document =
             serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-        if document.version != VERSION {
+        if !(FIRST_VERSION..=VERSION).contains(&document.version) {
             return Err(damaged(format!("version {}, where {VERSION} is known", document.version)));
         }
-        let revocations = document.revocations.iter().map(|row| Some((row.id, row.revocation()?)));
+        let revocations = document.revocations.iter().map(|row| {
+            let mut revocation = row.revocation()?;
+            if document.version == FIRST_VERSION && row.exact_end {
+                let end = &mut revocation.expires_at_unix_secs;
+                *end = end.saturating_add(MAX_LEEWAY_SECS);
+            }
+            Some((row.id, revocation))
+        });
         let revocations =
             revocations.collect::<Option<_>>().ok_or_else(|| damaged("a hash is not hexadecimal".into()))?;
         Ok(Some(Recorded { next_id: document.next_id, token_life_secs: document.token_life_s, revocations }))
@@ -237,7 +245,9 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
     written.map_err(unusable(path))
 }
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Where a token's own end had the leeway of the policy at the time, and not the largest that any policy can have.
+const FIRST_VERSION: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -387,11 +397,33 @@ mod tests {
     }
 
     #[test]
+    fn a_tokens_own_end_of_the_first_version_gets_the_leeway_that_a_later_policy_may_have() {
+        let place = tempfile::tempdir().unwrap();
+        let state = StateDir::new(place.path(), "x");
+        let lock = state.lock().unwrap();
+        let exact = Revocation { exact_end: 1, ..revocation(REVOKE_TOKEN) };
+        let revocations = [(1, exact), (2, revocation(REVOKE_SUBJECT))].into();
+        state.write(&lock, &Recorded { next_id: 3, token_life_secs: 60, revocations }).unwrap();
+        let ends = || -> Vec<u64> {
+            let recorded = state.read().unwrap().unwrap();
+            recorded.revocations.values().map(|entry| entry.expires_at_unix_secs).collect()
+        };
+        assert_eq!(ends(), [1_100, 1_100]);
+        let file = state.path().join(FILE);
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, text.replace("\"version\":2", "\"version\":1")).unwrap();
+        assert_eq!(ends(), [1_100 + MAX_LEEWAY_SECS, 1_100]);
+        // Written anew it is of the second version, and gets no more.
+        state.write(&lock, &state.read().unwrap().unwrap()).unwrap();
+        assert_eq!(ends(), [1_100 + MAX_LEEWAY_SECS, 1_100]);
+    }
+
+    #[test]
     fn a_damaged_file_is_an_error_and_not_an_empty_list() {
         let place = tempfile::tempdir().unwrap();
         let state = StateDir::new(place.path(), "x");
         drop(state.lock().unwrap());
-        for text in ["", "{", "[]", r#"{"version":2,"next_id":1,"token_life_s":1,"revocations":[]}"#] {
+        for text in ["", "{", "[]", r#"{"version":3,"next_id":1,"token_life_s":1,"revocations":[]}"#] {
             std::fs::write(state.path().join(FILE), text).unwrap();
             assert!(matches!(state.read(), Err(StateError::Damaged { .. })), "{text}");
         }
