@@ -129,6 +129,8 @@ struct Book {
     state: StateDir,
     lock: StateLock,
     recorded: Recorded,
+    /// The file does not say what `recorded` does.
+    unrecorded: bool,
 }
 
 impl Book {
@@ -162,11 +164,14 @@ impl Book {
                 )
             })?,
         };
-        Ok(Self { live, state, lock, recorded })
+        Ok(Self { live, state, lock, recorded, unrecorded: false })
     }
 
+    /// The file first: whatever ends this command, what is in force is also there after the enforcement is loaded anew. A file that
+    /// can't be written keeps nothing from being in force; [`Self::record`] tries again, and tells.
     fn set(&mut self, id: u64, revocation: Revocation) -> Result<(), LiveError> {
         self.recorded.revocations.insert(id, revocation);
+        self.unrecorded = self.state.write(&self.lock, &self.recorded).is_err();
         if let Some(live) = &mut self.live {
             live.set_revocation(id, &revocation)?;
             live.move_revocation_epoch()?;
@@ -174,7 +179,9 @@ impl Book {
         Ok(())
     }
 
+    /// The file comes last, by [`Self::record`]: a command that is killed in between takes nothing back for good.
     fn remove(&mut self, id: u64) -> Result<Option<Revocation>, LiveError> {
+        self.unrecorded = true;
         let removed = self.recorded.revocations.remove(&id);
         if let Some(live) = &mut self.live {
             live.remove_revocation(id)?;
@@ -209,6 +216,9 @@ impl Book {
     }
 
     fn record(&self, what: &str) -> anyhow::Result<()> {
+        if !self.unrecorded {
+            return Ok(());
+        }
         self.state.write(&self.lock, &self.recorded).with_context(|| {
             format!("{what} in the kernel, but this is not recorded: it is lost when the enforcement is loaded anew")
         })

@@ -4,7 +4,7 @@ use anyhow::{Context as _, ensure};
 use enforcer_common::abi::{MAX_REVOCATIONS, REVOCATION_NEXT_ID, REVOCATION_TOKEN_LIFE_SECS, Revocation};
 use tracing::warn;
 
-use crate::datapath::Live;
+use crate::datapath::{Live, PinDir, left_behind};
 use crate::policy::{Policy, PolicyText};
 use crate::revocation::store::{Recorded, RecordedPolicy, StateDir, StateLock};
 use crate::revocation::{Revocations, is_over, token_life_secs};
@@ -62,6 +62,16 @@ impl<'a> State<'a> {
     /// Keeps the key of maps that are adopted.
     pub(super) fn keep_fingerprint_key(&self, key: &[u8; 32]) -> anyhow::Result<()> {
         Ok(self.dir.keep_fingerprint_key(&self.lock, key)?)
+    }
+
+    /// Takes what the maps of an earlier daemon hold into maps that nobody uses yet: what could not be recorded in the file is there
+    /// alone. [`Self::bring_together`] does the rest.
+    pub(super) fn inherit(&self, pins: &PinDir, live: &mut Live) -> anyhow::Result<()> {
+        let Some((revocations, next_id)) = left_behind(pins)? else { return Ok(()) };
+        for (id, revocation) in &revocations {
+            live.set_revocation(*id, revocation)?;
+        }
+        Ok(live.set_revocation_word(REVOCATION_NEXT_ID, next_id)?)
     }
 
     /// Brings maps and file together. For maps that nobody uses yet, and for those of a living enforcement: at a start, and when the

@@ -72,6 +72,7 @@ pub(super) fn load(
         daemon_pid: std::process::id(),
         draining: 0,
     })?;
+    state.inherit(pins, &mut kernel.maps().live)?;
     state.bring_together(&mut kernel.maps().live, policy, super::now().unix_secs)?;
     loaded.attach(cgroup)?;
     // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed; a connection that

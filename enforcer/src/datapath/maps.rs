@@ -37,7 +37,7 @@ pub enum LiveError {
     },
 }
 
-fn open<M: TryFrom<Map, Error = MapError>>(
+pub(super) fn open<M: TryFrom<Map, Error = MapError>>(
     pins: &PinDir,
     name: &'static str,
     wrap: impl FnOnce(MapData) -> Map,

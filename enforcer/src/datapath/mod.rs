@@ -19,6 +19,7 @@ pub use maps::{Live, LiveError, Maps};
 pub use memory::{MapMemory, map_memory};
 pub use netns::SocketDestroyer;
 pub use offsets::{OffsetError, TcpOffsets};
+pub use revocations::left_behind;
 pub use sockdiag::{Dump, TcpSocket, tcp_sockets};
 
 use std::path::{Path, PathBuf};

@@ -1,11 +1,13 @@
 //! The revocations in the maps.
 
-use aya::maps::MapError;
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use enforcer_common::abi::{
-    Grant, MAX_GRANTS, MAX_REVOCATIONS, REVOCATION_EPOCH, REVOCATION_GRANT_SLOTS, Revocation, map,
+    Grant, MAX_GRANTS, MAX_REVOCATIONS, REVOCATION_EPOCH, REVOCATION_GRANT_SLOTS, REVOCATION_NEXT_ID,
+    Revocation, map,
 };
 
-use super::{Live, LiveError};
+use super::maps::open;
+use super::{Live, LiveError, PinDir};
 use crate::revocation::{Revocations, Subject};
 
 fn failed(source: MapError) -> LiveError {
@@ -16,21 +18,47 @@ fn state_failed(source: MapError) -> LiveError {
     LiveError::Map { name: map::REVOCATION_STATE, source }
 }
 
+/// The revocations in the maps of an enforcement of whatever version, and the number of the next one. `None`: it has none, or keeps
+/// them in another form.
+///
+/// # Errors
+/// See [`LiveError`].
+pub fn left_behind(pins: &PinDir) -> Result<Option<(Revocations, u64)>, LiveError> {
+    if !pins.pin(map::REVOCATIONS).exists() || !pins.pin(map::REVOCATION_STATE).exists() {
+        return Ok(None);
+    }
+    let opened = open(pins, map::REVOCATIONS, Map::HashMap)
+        .and_then(|list| Ok((list, open(pins, map::REVOCATION_STATE, Map::Array)?)));
+    let (list, state): (HashMap<MapData, u64, Revocation>, Array<MapData, u64>) = match opened {
+        Err(LiveError::Map {
+            source: MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. },
+            ..
+        }) => return Ok(None),
+        opened => opened?,
+    };
+    Ok(Some((all(&list)?, state.get(&REVOCATION_NEXT_ID, 0).map_err(state_failed)?)))
+}
+
+/// A walk over a hash that changes meanwhile may start again, so it is bounded.
+fn all(map: &HashMap<MapData, u64, Revocation>) -> Result<Revocations, LiveError> {
+    let mut all = Revocations::new();
+    for (count, entry) in map.iter().enumerate() {
+        if count >= 2 * MAX_REVOCATIONS as usize {
+            return Err(failed(MapError::IoError(std::io::Error::other("it changes too fast"))));
+        }
+        let (id, revocation) = entry.map_err(failed)?;
+        all.insert(id, revocation);
+    }
+    Ok(all)
+}
+
 impl Live {
-    /// All revocations. A walk over a hash that changes meanwhile may start again, so it is bounded.
+    /// All revocations.
     ///
     /// # Errors
     /// See [`LiveError`], and when the map changes so fast that the walk does not end.
     pub fn revocations(&self) -> Result<Revocations, LiveError> {
-        let mut all = Revocations::new();
-        for (count, entry) in self.revocations.iter().enumerate() {
-            if count >= 2 * MAX_REVOCATIONS as usize {
-                return Err(failed(MapError::IoError(std::io::Error::other("it changes too fast"))));
-            }
-            let (id, revocation) = entry.map_err(failed)?;
-            all.insert(id, revocation);
-        }
-        Ok(all)
+        all(&self.revocations)
     }
 
     /// Writes a revocation. Whoever does holds the lock of the state directory, and then moves the epoch.
