@@ -2,6 +2,7 @@
 
 use enforcer_common::abi::{MAX_GRANTS, MAX_REPLIES, PUNTS_BYTES, REPLY_MAX_BYTES};
 
+use super::doomed::{DOOMED_BYTES, MAX_DOOMED};
 use super::engine::{FLOW_BYTES, FLOWS_MAX, PARKED_TOTAL_MAX_BYTES};
 use super::remembered;
 
@@ -19,6 +20,7 @@ pub const MEMORY_MAX_BYTES: u64 = BASE_BYTES
     + 2 * PUNTS_BYTES as u64
     + SLACK * PARKED_TOTAL_MAX_BYTES as u64
     + SLACK * FLOWS_MAX as u64 * FLOW_BYTES
+    + SLACK * MAX_DOOMED as u64 * DOOMED_BYTES
     + SLACK * MAX_GRANTS as u64 * GRANT_BYTES
     + SLACK * remembered::ALL_MAX_BYTES as u64
     + SLACK * MAX_REPLIES as u64 * REPLY_MAX_BYTES as u64;

@@ -4,6 +4,7 @@
 mod bounds;
 #[cfg(test)]
 mod differential;
+mod doomed;
 mod endpoints;
 mod engine;
 mod grants;
@@ -21,6 +22,7 @@ mod transition;
 mod verifier;
 
 pub use bounds::MEMORY_MAX_BYTES;
+pub use doomed::{Doomed, DoomedQueue};
 pub use endpoints::{EndpointPolicy, Endpoints, endpoint_keys};
 pub use engine::{Engine, EngineError, KeyRequest, Orphan, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};

@@ -97,7 +97,7 @@ pub(super) fn adopt(
     let mut engine = Engine::new(endpoints, config.generation, now.boot_ns, secrets);
     engine.replies().adopt((0..MAX_REPLIES).map_while(|id| maps.reply(id).ok()));
     let grants = grants(&maps)?;
-    let mut kernel = Kernel::new(maps, injectors);
+    let mut kernel = Kernel::new(maps, injectors)?;
     kernel.hold(links);
     engine.grants().adopt(grants, config.generation, now);
     Ok(Up { engine, kernel, ring, numbers, orphans })

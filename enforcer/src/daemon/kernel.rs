@@ -1,18 +1,17 @@
 //! The core's [`Datapath`] on the real kernel.
 
-use std::collections::BTreeMap;
-
+use aya::maps::MapError;
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{
-    Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, REVOCATION_EPOCH,
+    Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, MAX_FLOWS, REVOCATION_EPOCH,
     REVOCATION_GRANT_SLOTS, Reply, Verdict,
 };
 use enforcer_common::flow::Ctl;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use crate::cli::format;
-use crate::core::{Datapath, HandBack};
-use crate::datapath::{Injectors, LiveError, Maps, SocketDestroyer};
+use crate::core::{Datapath, Doomed, DoomedQueue, HandBack};
+use crate::datapath::{Injectors, LiveError, Maps, NamespaceSearch, Searched, SocketDestroyer};
 use crate::revocation::Revocations;
 
 /// Why the kernel did not do it.
@@ -23,32 +22,47 @@ pub(super) enum KernelError {
     #[error(transparent)]
     Inject(#[from] crate::datapath::InjectError),
     #[error("map lookup: {0}")]
-    Lookup(#[from] aya::maps::MapError),
+    Lookup(#[from] MapError),
 }
+
+/// Why a connection was not destroyed.
+enum NotDestroyed {
+    /// Its network namespace is being searched.
+    Searching,
+    /// It should be, but too many are.
+    SearchFull,
+    Failed(std::io::Error),
+}
+
+/// Destructions between which other work gets its turn.
+const DESTROY_BATCH: usize = 512;
 
 /// Maps, injectors and the destroyer of sockets.
 pub(super) struct Kernel {
     maps: Maps,
     injectors: Injectors,
     destroyer: SocketDestroyer,
+    search: NamespaceSearch,
     /// New connections are not guarded any more; whoever writes the configuration must not forget it.
     draining: bool,
     /// What keeps the programs attached even if their pins are deleted.
     links: Vec<PinnedLink>,
-    /// Connections to destroy: when, which.
-    due: BTreeMap<(u64, u64), u64>,
+    doomed: DoomedQueue,
 }
 
 impl Kernel {
-    pub(super) fn new(maps: Maps, injectors: Injectors) -> Self {
-        Self {
+    pub(super) fn new(maps: Maps, injectors: Injectors) -> std::io::Result<Self> {
+        let mut destroyer = SocketDestroyer::default();
+        destroyer.add_here()?;
+        Ok(Self {
             maps,
             injectors,
-            destroyer: SocketDestroyer::default(),
+            destroyer,
+            search: NamespaceSearch::start()?,
             draining: false,
             links: Vec::new(),
-            due: BTreeMap::new(),
-        }
+            doomed: DoomedQueue::default(),
+        })
     }
 
     pub(super) fn maps(&mut self) -> &mut Maps {
@@ -73,19 +87,89 @@ impl Kernel {
         self.maps.set_config(config)
     }
 
-    /// Destroys the connections whose time has come.
-    pub(super) fn destroy_due(&mut self, now_ns: u64) {
-        while let Some((&(when_ns, cookie), &netns_cookie)) = self.due.first_key_value() {
-            if when_ns > now_ns {
-                break;
+    /// Whether there are connections whose time has come.
+    pub(super) fn has_due(&self) -> bool {
+        self.doomed.is_due(super::now().boot_ns)
+    }
+
+    /// Destroys connections whose time has come, as many as may be without a pause. Searches for nothing.
+    pub(super) fn destroy_due(&mut self) {
+        let now_ns = super::now().boot_ns;
+        for _ in 0..DESTROY_BATCH {
+            let Some(doomed) = self.doomed.next_due(now_ns) else { return };
+            match self.destroy_one(&doomed) {
+                None | Some(Ok(())) => continue,
+                Some(Err(NotDestroyed::Searching)) => {}
+                Some(Err(NotDestroyed::SearchFull)) => self.count("netns-search-full"),
+                Some(Err(NotDestroyed::Failed(error))) => {
+                    self.count("destroy-failed");
+                    if doomed.tries < 2 {
+                        warn!(cookie = doomed.cookie, %error, "a connection could not be destroyed; it is tried again");
+                    }
+                }
             }
-            self.due.pop_first();
-            let Ok(flow) = self.maps.live.flows.get(&cookie, 0) else { continue };
-            let ends = Ends { local: flow.local, peer: flow.peer };
-            if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, flow.interface, ends) {
-                warn!(cookie, %error, "a connection could not be destroyed; it is dead in the kernel");
+            if !self.doomed.again(now_ns, doomed) {
+                self.give_up(doomed.cookie);
             }
         }
+    }
+
+    /// `None`: it is gone.
+    fn destroy_one(&mut self, doomed: &Doomed) -> Option<Result<(), NotDestroyed>> {
+        let Doomed { cookie, netns_cookie, stray, .. } = *doomed;
+        let (interface, ends) = match (stray, self.maps.live.flows.get(&cookie, 0)) {
+            (Some(stray), _) => stray,
+            (None, Ok(flow)) => (flow.interface, Ends { local: flow.local, peer: flow.peer }),
+            (None, Err(MapError::KeyNotFound)) => return None,
+            (None, Err(error)) => return Some(Err(NotDestroyed::Failed(std::io::Error::other(error)))),
+        };
+        Some(match self.destroyer.destroy_known(netns_cookie, cookie, interface, ends) {
+            Some(result) => result.map_err(NotDestroyed::Failed),
+            None if self.search.ask(netns_cookie) => Err(NotDestroyed::Searching),
+            None => Err(NotDestroyed::SearchFull),
+        })
+    }
+
+    /// Destroys all whose time has come, however many; for when no other work is left.
+    pub(super) fn destroy_all_due(&mut self) {
+        for _ in 0..=MAX_FLOWS as usize / DESTROY_BATCH {
+            self.destroy_due();
+        }
+    }
+
+    /// Waits for a network namespace that a connection is to be destroyed in. Can be dropped at any time.
+    pub(super) async fn searched(&mut self) -> Searched {
+        self.search.answer().await
+    }
+
+    /// Takes such a namespace: the connections that waited for it are due.
+    pub(super) fn take_searched(&mut self, searched: Searched) {
+        let Searched { netns_cookie, netlink } = searched;
+        match netlink {
+            Some(netlink) => {
+                self.destroyer.add(netns_cookie, netlink);
+                self.doomed.found(netns_cookie, super::now().boot_ns);
+            }
+            // The next try asks for it again.
+            None => {
+                self.count("netns-not-found");
+                debug!(
+                    netns_cookie,
+                    "no process lives in the network namespace of a connection that is to be destroyed"
+                );
+            }
+        }
+    }
+
+    fn doom(&mut self, after_ns: u64, doomed: Doomed) {
+        if !self.doomed.add(super::now().boot_ns.saturating_add(after_ns), doomed) {
+            self.give_up(doomed.cookie);
+        }
+    }
+
+    fn give_up(&mut self, cookie: u64) {
+        self.count("destroy-given-up");
+        warn!(cookie, "a connection could not be destroyed; it gets no bytes");
     }
 }
 
@@ -123,17 +207,11 @@ impl Datapath for Kernel {
     }
 
     fn destroy(&mut self, cookie: u64, netns_cookie: u64, after_ns: u64) {
-        let now_ns = super::now().boot_ns;
-        self.due.insert((now_ns + after_ns, cookie), netns_cookie);
-        if after_ns == 0 {
-            self.destroy_due(now_ns);
-        }
+        self.doom(after_ns, Doomed { cookie, netns_cookie, stray: None, tries: 0 });
     }
 
     fn destroy_stray(&mut self, cookie: u64, netns_cookie: u64, interface: u32, ends: Ends) {
-        if let Err(error) = self.destroyer.destroy(netns_cookie, cookie, interface, ends) {
-            warn!(cookie, %error, "an unguarded connection could not be destroyed; it gets no bytes");
-        }
+        self.doom(0, Doomed { cookie, netns_cookie, stray: Some((interface, ends)), tries: 0 });
     }
 
     fn revocation_epoch(&mut self) -> Result<u64, KernelError> {

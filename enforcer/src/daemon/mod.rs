@@ -256,6 +256,7 @@ async fn enforce(
             reason = &mut drain, if unloading.is_none() => {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
                 if options.keep {
+                    kernel.destroy_all_due();
                     info!(
                         reason,
                         "stopping; the enforcement stays in the kernel and guards: known requests go on, others wait for the next \
@@ -278,7 +279,11 @@ async fn enforce(
                 }
                 watcher.keep_alive();
                 engine.tick(now(), &mut kernel);
-                kernel.destroy_due(now().boot_ns);
+                kernel.destroy_due();
+            }
+            searched = kernel.searched() => {
+                kernel.take_searched(searched);
+                kernel.destroy_due();
             }
             Some(KeyRequest { cookie, epoch, .. }) = refreshed.recv() => {
                 engine.keys_refreshed(cookie, epoch, now(), &reloads.keys().snapshot(), &mut kernel);
@@ -310,7 +315,7 @@ async fn enforce(
             event = reloads.next(), if unloading.is_none() => {
                 reloads.handle(event, lock, &mut engine, &mut kernel);
             }
-            // Last: a busy ring must not keep the heartbeat from being written.
+            // A busy ring must not keep the heartbeat from being written, nor the destructions that follow from what is in it.
             guard = ring.readable_mut() => {
                 let mut guard = guard?;
                 let more = read(guard.get_inner_mut(), &mut engine, &mut kernel, reloads.keys());
@@ -318,7 +323,9 @@ async fn enforce(
                     guard.clear_ready();
                 }
                 ask_for_keys(&mut engine, reloads.keys(), &answers);
+                kernel.destroy_due();
             }
+            () = std::future::ready(()), if kernel.has_due() => kernel.destroy_due(),
         }
     }
 }

@@ -21,7 +21,7 @@ const SOCK_DESTROY: u16 = 21;
 const NLM_F_REQUEST_ACK: u16 = 0x1 | 0x4;
 const NLMSG_ERROR: u16 = 2;
 /// Netlink sockets that are kept: namespaces with guarded servers.
-const MAX_NAMESPACES: usize = 256;
+pub(super) const MAX_NAMESPACES: usize = 256;
 /// Pause after a search that found nothing.
 const SEARCH_PAUSE: Duration = Duration::from_secs(1);
 
@@ -97,8 +97,21 @@ impl SocketDestroyer {
     /// # Errors
     /// The namespace can't be found (nothing lives in it any more) or entered, or the kernel refuses.
     pub fn destroy(&mut self, netns_cookie: u64, cookie: u64, interface: u32, ends: Ends) -> Result<()> {
+        self.find(netns_cookie)?;
+        self.destroy_known(netns_cookie, cookie, interface, ends).unwrap_or_else(|| Err(not_found()))
+    }
+
+    /// As [`Self::destroy`], in a namespace that was found before; `None`: it was not. Never searches, so it takes no longer than
+    /// the kernel does.
+    pub fn destroy_known(
+        &mut self,
+        netns_cookie: u64,
+        cookie: u64,
+        interface: u32,
+        ends: Ends,
+    ) -> Option<Result<()>> {
+        let netlink = self.namespaces.get(&netns_cookie)?.as_raw_fd();
         let Ends { local, peer } = ends;
-        let netlink = self.netlink(netns_cookie)?;
         let v4 = local.family == FAMILY_V4;
         let family = if v4 { libc::AF_INET } else { libc::AF_INET6 };
         let request = Request {
@@ -116,7 +129,7 @@ impl SocketDestroyer {
             let length = recv(netlink, &mut answer, MsgFlags::empty())?;
             Ok::<_, nix::Error>(acknowledgement(&answer[..length]))
         })();
-        match result {
+        Some(match result {
             Ok(0) => Ok(()),
             Ok(code) if -code == libc::ENOENT => Ok(()),
             Ok(code) => Err(Error::from_raw_os_error(-code)),
@@ -124,26 +137,42 @@ impl SocketDestroyer {
                 self.namespaces.remove(&netns_cookie);
                 Err(error.into())
             }
-        }
+        })
     }
 
-    fn netlink(&mut self, netns_cookie: u64) -> Result<i32> {
-        if let Some(socket) = self.namespaces.get(&netns_cookie) {
-            return Ok(socket.as_raw_fd());
+    /// Keeps a namespace that was found, by a sock_diag socket in it.
+    pub fn add(&mut self, netns_cookie: u64, netlink: OwnedFd) {
+        if self.namespaces.len() >= MAX_NAMESPACES {
+            self.namespaces.clear();
+        }
+        self.namespaces.insert(netns_cookie, netlink);
+    }
+
+    /// Keeps the namespace that the thread is in.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn add_here(&mut self) -> Result<()> {
+        let (netlink, netns_cookie) = netlink_here()?;
+        self.add(netns_cookie, netlink);
+        Ok(())
+    }
+
+    fn find(&mut self, netns_cookie: u64) -> Result<()> {
+        if self.namespaces.contains_key(&netns_cookie) {
+            return Ok(());
         }
         if self.missing.get(&netns_cookie).is_some_and(|since| since.elapsed() < SEARCH_PAUSE) {
             return Err(not_found());
         }
-        if self.namespaces.len().max(self.missing.len()) >= MAX_NAMESPACES {
-            self.namespaces.clear();
+        if self.missing.len() >= MAX_NAMESPACES {
             self.missing.clear();
         }
         let found = find(netns_cookie).inspect_err(|_| {
             self.missing.insert(netns_cookie, Instant::now());
         })?;
-        let fd = found.as_raw_fd();
-        self.namespaces.insert(netns_cookie, found);
-        Ok(fd)
+        self.add(netns_cookie, found);
+        Ok(())
     }
 }
 
@@ -164,23 +193,33 @@ fn find(netns_cookie: u64) -> Result<OwnedFd> {
         return Ok(socket);
     }
     std::thread::spawn(move || {
-        let mut seen = BTreeSet::new();
-        for namespace in namespaces() {
-            let Ok(file) = File::open(namespace) else { continue };
-            let Ok(meta) = file.metadata() else { continue };
-            if !seen.insert(meta.ino()) || setns(&file, CloneFlags::CLONE_NEWNET).is_err() {
-                continue;
-            }
-            if let Ok((socket, cookie)) = netlink_here()
-                && cookie == netns_cookie
-            {
-                return Ok(socket);
-            }
-        }
-        Err(not_found())
+        let mut found = None;
+        search(&mut BTreeSet::from([netns_cookie]), &mut |_, netlink| found = Some(netlink));
+        found.ok_or_else(not_found)
     })
     .join()
     .unwrap_or_else(|_| Err(Error::other("the search for a network namespace panicked")))
+}
+
+/// Walks over the network namespaces until all that are wanted are found: each is taken out of `wanted`, and `found` gets its cookie
+/// and a sock_diag socket in it. Leaves the thread in another namespace.
+pub(super) fn search(wanted: &mut BTreeSet<u64>, found: &mut dyn FnMut(u64, OwnedFd)) {
+    let mut seen = BTreeSet::new();
+    for namespace in namespaces() {
+        if wanted.is_empty() {
+            return;
+        }
+        let Ok(file) = File::open(namespace) else { continue };
+        let Ok(meta) = file.metadata() else { continue };
+        if !seen.insert(meta.ino()) || setns(&file, CloneFlags::CLONE_NEWNET).is_err() {
+            continue;
+        }
+        if let Ok((netlink, cookie)) = netlink_here()
+            && wanted.remove(&cookie)
+        {
+            found(cookie, netlink);
+        }
+    }
 }
 
 fn not_found() -> Error {
