@@ -3,6 +3,8 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -109,5 +111,33 @@ fn what_could_not_be_recorded_is_in_force_and_is_found_by_the_next_daemon() -> R
     assert!(guarded.enforcement.log()?.contains("taking over"));
     assert_eq!(guarded.connect()?.roundtrip(&request)?.status, 401);
     assert_eq!((revocations(&guarded)?, recorded(&guarded)?), (1, 1));
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_takes_its_time_holds_up_neither_a_reload_nor_requests() -> Result<()> {
+    let _deadline = Deadline::new("slow disk", LIMIT);
+    let guarded = Guarded::builder("rev-disk").issuer("leeway", "0s").option("--no-watch").start()?;
+    let fresh = guarded.enforcement.state_dir().join("revocations.new");
+    nix::unistd::mkfifo(&fresh, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    guarded.enforcement.write_policy(&with_leeway(&guarded, "10s"))?;
+    guarded.enforcement.cli_json(&["reload"])?;
+    for _ in 0..10 {
+        let request = guarded.call(Some(&guarded.token()?)).build();
+        assert_eq!(guarded.connect()?.roundtrip(&request)?.status, 200);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // What waits gets on, and can't be kept: no file is synced here. That is said, and who revokes is not locked out.
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&fresh)?;
+    wait_until("the daemon writes", TIMEOUT, || {
+        file.read(&mut [0; 4096]).is_ok_and(|read| read > 0).then_some(())
+    })?;
+    drop(file);
+    wait_until("the daemon says so", TIMEOUT, || {
+        guarded.enforcement.log().is_ok_and(|log| log.contains("can't be recorded")).then_some(())
+    })?;
+    fs::remove_file(&fresh)?;
+    guarded.enforcement.cli_json(&["revoke", "--all"])?;
+    assert_eq!(recorded(&guarded)?, 1);
     Ok(())
 }

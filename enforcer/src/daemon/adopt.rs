@@ -18,7 +18,7 @@ use crate::datapath::{self, GATE_PIN, Injectors, LINK_PIN, LiveError, Maps, PinD
 use crate::keys::KeyManagerHandle;
 use crate::lifecycle::start::Ours;
 use crate::policy::{self, Policy, PolicyText};
-use crate::revocation::store::{RecordedPolicy, StateDir, StateLock};
+use crate::revocation::store::{RecordedPolicy, StateDir};
 use crate::token::Fingerprinter;
 
 /// Shows the kernel that a daemon is there, so that requests which it does not know wait for it instead of being refused, and tells
@@ -59,7 +59,7 @@ pub(super) fn adopt(
     ours: &Ours,
     replace_programs: bool,
     started_ns: u64,
-    state: &State<'_>,
+    state: &State,
 ) -> anyhow::Result<Up> {
     if replace_programs {
         let mut maps = Maps::open(pins)?;
@@ -113,7 +113,7 @@ pub(super) fn switch(
     former: Arc<Policy>,
     (policy, text): (Arc<Policy>, PolicyText),
     keys: &KeyManagerHandle,
-    (revocations, lock): (&StateDir, StateLock),
+    revocations: State,
     up: &mut Up,
 ) -> anyhow::Result<()> {
     let Up { engine, kernel, numbers, orphans, .. } = up;
@@ -127,10 +127,12 @@ pub(super) fn switch(
     };
     let prepared = build((policy, text), &[], Vec::new(), keys.clone(), old)?;
     let diff = prepared.diff.clone();
-    let prepared = Prepared { lock: Some(lock), ..prepared };
-    let consequences = apply::switch(prepared, &mut in_force, revocations, super::now(), engine, kernel)?;
+    let recorded = revocations.read()?;
+    let prepared = Prepared { revocations: Some((revocations, recorded)), ..prepared };
+    let consequences = apply::switch(prepared, &mut in_force, super::now(), engine, kernel)?;
     *numbers = in_force.numbers;
-    // What has just been destroyed is nobody's any more.
+    // What is destroyed now is nobody's any more.
+    kernel.destroy_all_due();
     orphans.retain(|orphan| kernel.flow_exists(orphan.cookie));
     tell("start", &Ok(report(engine, diff, Vec::new(), consequences)));
     Ok(())

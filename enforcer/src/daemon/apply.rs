@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use enforcer_common::abi::{Config, DaemonState, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text};
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::kernel::Kernel;
 use super::revocations::State;
@@ -12,7 +12,7 @@ use crate::core::{AllCarried, Consequences, Engine, Next, Now, Numbers};
 use crate::http::answer;
 use crate::keys::KeyManagerHandle;
 use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyText};
-use crate::revocation::store::{StateDir, StateLock};
+use crate::revocation::store::Recorded;
 
 /// Retry-After of the answer that the kernel gives while no daemon lives.
 const UNAVAILABLE_RETRY_SECS: u32 = 5;
@@ -71,8 +71,9 @@ pub(super) struct Prepared {
     pub(super) next: Next,
     pub(super) diff: PolicyDiff,
     pub(super) warnings: Vec<String>,
-    /// Of the state directory: who revokes meanwhile waits, and finds the grants as they are then. Absent if nothing is to be switched.
-    pub(super) lock: Option<StateLock>,
+    /// The state directory, locked, and what it says: who revokes meanwhile waits, and finds the grants as they are then. Absent if
+    /// nothing is to be switched.
+    pub(super) revocations: Option<(State, Recorded)>,
 }
 
 /// Makes another policy the one in force; see [`crate::core::Engine::carry`] for the order of the steps.
@@ -82,19 +83,21 @@ pub(super) struct Prepared {
 pub(super) fn switch(
     prepared: Prepared,
     in_force: &mut InForce,
-    revocations: &StateDir,
     now: Now,
     engine: &mut Engine,
     kernel: &mut Kernel,
 ) -> anyhow::Result<Consequences> {
-    let Prepared { in_force: new, text, next, lock, .. } = prepared;
-    let revocations = State::locked(revocations, lock.context("the revocations are not locked")?);
+    let Prepared { in_force: new, text, next, revocations, .. } = prepared;
+    let (revocations, recorded) = revocations.context("the revocations are not locked")?;
     let generation = now.boot_ns.max(engine.generation() + 1);
     let state = kernel.maps().daemon_state()?;
     // Should we be killed in the middle, the next daemon knows that it can't tell what the maps were filled by.
     kernel.maps().set_daemon_state(&DaemonState { policy_hash: [0; 32], ..state })?;
-    let all = match write(&new, &next, &revocations, generation, now, engine, kernel) {
-        Ok(all) => all,
+    let recorded = revocations.fill(&mut kernel.maps().live, recorded, &new.policy, now.unix_secs);
+    let written =
+        recorded.and_then(|recorded| Ok((recorded, write(&new, &next, generation, now, engine, kernel)?)));
+    let (recorded, all) = match written {
+        Ok(written) => written,
         Err(error) => {
             remove_endpoints(&new.numbers, &in_force.numbers, kernel);
             kernel.maps().set_daemon_state(&state)?;
@@ -109,7 +112,14 @@ pub(super) fn switch(
         warn!(%error, "not all servers are shown by their new names");
     }
     let policy_hash = policy::hash(&new.policy);
-    revocations.keep_policy(text, policy_hash);
+    // The disk may take its time. Until then the file says less of how long revocations stand, and each start says it anew; and the
+    // policy that is recorded is not the one that the maps name, so a start would close the open connections.
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = revocations.write(&recorded) {
+            error!(error = format!("{error:#}"), "after the policy changed");
+        }
+        revocations.keep_policy(text, policy_hash);
+    });
     if let Err(error) = kernel.maps().set_daemon_state(&DaemonState { policy_hash, ..state }) {
         warn!(%error, "the next daemon will not know the policy, and closes the open connections");
     }
@@ -124,13 +134,11 @@ pub(super) fn switch(
 fn write(
     new: &InForce,
     next: &Next,
-    revocations: &State<'_>,
     generation: u64,
     now: Now,
     engine: &mut Engine,
     kernel: &mut Kernel,
 ) -> anyhow::Result<AllCarried> {
-    revocations.bring_together(&mut kernel.maps().live, &new.policy, now.unix_secs)?;
     write_endpoints(&new.numbers, engine, kernel)?;
     let all = engine.carry(next, generation, &new.keys.snapshot(), now, kernel)?;
     let config = kernel.maps().live.configuration()?;

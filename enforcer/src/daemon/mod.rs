@@ -176,7 +176,6 @@ impl Plan {
                 let mut up = adopt::adopt(&self.filled_by, pins, ours, replace_programs, started_ns, &state)?;
                 if switch_policy {
                     let next = (Arc::clone(&self.policy), self.text.clone());
-                    let state = (state_dir, state.into_lock());
                     adopt::switch(Arc::clone(&self.filled_by), next, keys, state, &mut up)?;
                     return Ok(up);
                 }

@@ -14,13 +14,14 @@ use tracing::{error, info, warn};
 use super::apply::{InForce, Prepared, switch};
 use super::control::{Control, Order};
 use super::kernel::Kernel;
+use super::revocations::State;
 use super::{RunOptions, now, watch};
 use crate::control::{Report, Request, Response};
 use crate::core::{Claims, Consequences, Endpoints, Engine, Judged, Next, Transition};
 use crate::keys::KeyManagerHandle;
 use crate::lifecycle::lock::{DaemonLock, ReloadRecord};
 use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyErrors, PolicyText, Warning};
-use crate::revocation::store::StateDir;
+use crate::revocation::store::{StateDir, StateError};
 
 /// How long a new policy waits for the keys of its issuers. Then it is in force all the same, as at the start.
 const KEYS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -253,7 +254,7 @@ impl Reloads {
     ) -> Result<Report, ReloadError> {
         let Some(prepared) = prepared else { return Ok(unchanged(engine)) };
         let (diff, warnings) = (prepared.diff.clone(), prepared.warnings.clone());
-        let consequences = switch(*prepared, &mut self.in_force, &self.revocations, now(), engine, kernel)?;
+        let consequences = switch(*prepared, &mut self.in_force, now(), engine, kernel)?;
         Ok(report(engine, diff, warnings, consequences))
     }
 
@@ -377,9 +378,14 @@ async fn prepare(source: Source, old: Old) -> Outcome {
     let prepared = tokio::task::spawn_blocking(move || {
         let prepared = build((Arc::new(policy), text), &warnings, missing, keys, old)?;
         // Last, and not in the event loop: it may be somebody else's for a moment.
-        let lock = revocations.map(|revocations| revocations.lock()).transpose();
-        let lock = lock.map_err(|error| ReloadError::Failed(error.into()))?;
-        Ok::<_, ReloadError>(Prepared { lock, ..prepared })
+        let revocations = revocations.map(|revocations| {
+            let state = State::open(&revocations)?;
+            let recorded = state.read()?;
+            Ok((state, recorded))
+        });
+        let revocations =
+            revocations.transpose().map_err(|error: StateError| ReloadError::Failed(error.into()))?;
+        Ok::<_, ReloadError>(Prepared { revocations, ..prepared })
     });
     Ok(Some(Box::new(prepared.await.map_err(failed)??)))
 }
@@ -411,5 +417,5 @@ pub(super) fn build(
     next.judge(&old.claims, &keys.snapshot(), now().unix_secs);
     let warnings = warnings.iter().map(ToString::to_string).chain(missing).collect();
     let in_force = InForce { policy, numbers, keys };
-    Ok(Prepared { in_force, text, next, diff, warnings, lock: None })
+    Ok(Prepared { in_force, text, next, diff, warnings, revocations: None })
 }

@@ -6,7 +6,7 @@ use tracing::warn;
 
 use crate::datapath::{Live, PinDir, left_behind};
 use crate::policy::{Policy, PolicyText};
-use crate::revocation::store::{Recorded, RecordedPolicy, StateDir, StateLock};
+use crate::revocation::store::{Recorded, RecordedPolicy, StateDir, StateError, StateLock};
 use crate::revocation::{Revocations, is_over, token_life_secs};
 
 /// What the maps and the file are to hold: all that either has and that is not over, for as long as the policy lets a token live.
@@ -27,24 +27,14 @@ fn merged(recorded: Recorded, in_maps: Revocations, life_secs: u64, now_unix_sec
 }
 
 /// The state directory, locked.
-pub(super) struct State<'a> {
-    dir: &'a StateDir,
+pub(super) struct State {
+    dir: StateDir,
     lock: StateLock,
 }
 
-impl<'a> State<'a> {
-    pub(super) fn open(dir: &'a StateDir) -> anyhow::Result<Self> {
-        Ok(Self::locked(dir, dir.lock()?))
-    }
-
-    /// With its lock in hand already.
-    pub(super) const fn locked(dir: &'a StateDir, lock: StateLock) -> Self {
-        Self { dir, lock }
-    }
-
-    /// Gives the lock to somebody who goes on with the state.
-    pub(super) fn into_lock(self) -> StateLock {
-        self.lock
+impl State {
+    pub(super) fn open(dir: &StateDir) -> Result<Self, StateError> {
+        Ok(Self { dir: dir.clone(), lock: dir.lock()? })
     }
 
     /// Records the policy that the maps were filled by.
@@ -74,16 +64,33 @@ impl<'a> State<'a> {
         Ok(live.set_revocation_word(REVOCATION_NEXT_ID, next_id)?)
     }
 
-    /// Brings maps and file together. For maps that nobody uses yet, and for those of a living enforcement: at a start, and when the
-    /// policy has changed, because a longer life of tokens is a longer life of their revocations.
+    /// Brings maps and file together, at a start.
     pub(super) fn bring_together(
         &self,
         live: &mut Live,
         policy: &Policy,
         now_unix_secs: u64,
     ) -> anyhow::Result<()> {
+        let merged = self.fill(live, self.read()?, policy, now_unix_secs)?;
+        self.write(&merged)
+    }
+
+    /// What the file says.
+    pub(super) fn read(&self) -> Result<Recorded, StateError> {
+        Ok(self.dir.read()?.unwrap_or_default())
+    }
+
+    /// Brings what the file said into the maps; gives what it is to say now. For maps that nobody uses yet, and for those of a living
+    /// enforcement: when it is adopted, and when the policy has changed, because a longer life of tokens is a longer life of their
+    /// revocations.
+    pub(super) fn fill(
+        &self,
+        live: &mut Live,
+        mut recorded: Recorded,
+        policy: &Policy,
+        now_unix_secs: u64,
+    ) -> anyhow::Result<Recorded> {
         let in_maps = live.revocations()?;
-        let mut recorded = self.dir.read()?.unwrap_or_default();
         recorded.next_id = recorded.next_id.max(live.revocation_word(REVOCATION_NEXT_ID)?);
         let before: Vec<u64> = in_maps.keys().copied().collect();
         let merged = merged(recorded, in_maps, token_life_secs(policy), now_unix_secs);
@@ -102,7 +109,12 @@ impl<'a> State<'a> {
         live.set_revocation_word(REVOCATION_NEXT_ID, merged.next_id)?;
         live.set_revocation_word(REVOCATION_TOKEN_LIFE_SECS, merged.token_life_secs)?;
         live.move_revocation_epoch()?;
-        self.dir.write(&self.lock, &merged).context("the revocations can't be recorded")
+        Ok(merged)
+    }
+
+    /// Records what [`Self::fill`] gave.
+    pub(super) fn write(&self, merged: &Recorded) -> anyhow::Result<()> {
+        self.dir.write(&self.lock, merged).context("the revocations can't be recorded")
     }
 }
 

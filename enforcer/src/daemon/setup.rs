@@ -36,7 +36,7 @@ pub(super) fn load(
     cgroup: &Path,
     ours: &Ours,
     started_ns: u64,
-    state: &State<'_>,
+    state: &State,
 ) -> anyhow::Result<Up> {
     let (staging, retired) = (pins.staging(), pins.retired());
     let mut loaded = datapath::load(&staging)?;
