@@ -74,28 +74,54 @@ pub struct Closed {
     pub observed: bool,
 }
 
+/// A loaded enforcement: its records, what it protects, and whose sockets it sees.
+struct Guarding {
+    live: Live,
+    endpoints: BTreeSet<EndpointKey>,
+    scope: Scope,
+}
+
+impl Guarding {
+    fn of(live: Live, pins: &PinDir) -> Result<Self, UnguardedError> {
+        let endpoints = live
+            .endpoints
+            .keys()
+            .collect::<Result<BTreeSet<_>, _>>()
+            .map_err(|source| LiveError::Map { name: map::ENDPOINTS, source })?;
+        let cgroup_id = attached_cgroup(&pins.pin(LINK_PIN)).map_err(UnguardedError::Link)?;
+        let scope = scope(cgroup_id.ok_or(UnguardedError::Detached)?)?;
+        Ok(Self { live, endpoints, scope })
+    }
+
+    /// One look. A guarded connection that ends meanwhile has lost its record, and is among them.
+    fn look(&self) -> Result<Unguarded, UnguardedError> {
+        look(&self.endpoints, &self.scope, |cookie| self.live.flows.get(&cookie, 0).is_ok())
+    }
+
+    /// Leaves of some connections those that are there still.
+    fn retain(&self, connections: &mut Vec<TcpSocket>) -> Result<(), UnguardedError> {
+        if !connections.is_empty() {
+            let again = self.look()?.connections;
+            let still: BTreeSet<u64> = again.iter().map(|socket| socket.cookie).collect();
+            connections.retain(|socket| still.contains(&socket.cookie));
+        }
+        Ok(())
+    }
+
+    /// Two looks, of which only what both see counts.
+    fn find(&self) -> Result<Unguarded, UnguardedError> {
+        let mut found = self.look()?;
+        self.retain(&mut found.connections)?;
+        Ok(found)
+    }
+}
+
 /// Finds what a loaded enforcement does not guard although its policy names the endpoint.
 ///
 /// # Errors
 /// See [`UnguardedError`].
 pub fn find(pins: &PinDir) -> Result<Unguarded, UnguardedError> {
-    let live = Live::open(pins)?;
-    let endpoints = live
-        .endpoints
-        .keys()
-        .collect::<Result<BTreeSet<_>, _>>()
-        .map_err(|source| LiveError::Map { name: map::ENDPOINTS, source })?;
-    let cgroup_id = attached_cgroup(&pins.pin(LINK_PIN)).map_err(UnguardedError::Link)?;
-    let scope = scope(cgroup_id.ok_or(UnguardedError::Detached)?)?;
-    let is_flow = |cookie| live.flows.get(&cookie, 0).is_ok();
-    let mut found = look(&endpoints, &scope, is_flow)?;
-    if !found.connections.is_empty() {
-        // One that ended since it was listed has lost its record, and is not there a second time.
-        let again = look(&endpoints, &scope, is_flow)?.connections;
-        let still: BTreeSet<u64> = again.iter().map(|socket| socket.cookie).collect();
-        found.connections.retain(|socket| still.contains(&socket.cookie));
-    }
-    Ok(found)
+    Guarding::of(Live::open(pins)?, pins)?.find()
 }
 
 /// As [`find`], for endpoints and a cgroup that nothing is attached to yet.
@@ -131,20 +157,17 @@ pub fn close(pins: &PinDir) -> Result<Closed, UnguardedError> {
     if config.draining != 0 {
         return Ok(Closed::default());
     }
-    let Unguarded { connections, listeners, errors } = find(pins)?;
+    let guarding = Guarding::of(live, pins)?;
+    let Unguarded { connections, listeners, errors } = guarding.find()?;
     let mut closed = Closed { listeners, errors, observed: config.mode == MODE_OBSERVE, ..Closed::default() };
-    if connections.is_empty() || closed.observed {
-        closed.found = connections;
+    closed.found.clone_from(&connections);
+    if closed.observed {
         return Ok(closed);
     }
     let (mut destroyer, mut left) = (SocketDestroyer::default(), connections);
-    for round in 0..ROUNDS {
-        // One that ended by itself since it was listed is none. (A guarded one loses its record when it ends.)
-        let seen: BTreeSet<u64> = left.iter().map(|socket| socket.cookie).collect();
-        left = find(pins)?.connections;
-        left.retain(|socket| seen.contains(&socket.cookie));
-        if round == 0 {
-            closed.found.clone_from(&left);
+    for _ in 0..ROUNDS {
+        if left.is_empty() {
+            break;
         }
         for socket in &left {
             let destroyed =
@@ -153,14 +176,8 @@ pub fn close(pins: &PinDir) -> Result<Closed, UnguardedError> {
                 closed.errors.push(format!("socket {}: {error}", socket.cookie));
             }
         }
-        if left.is_empty() {
-            break;
-        }
         std::thread::sleep(PAUSE);
-    }
-    if !left.is_empty() {
-        let still: BTreeSet<u64> = find(pins)?.connections.iter().map(|socket| socket.cookie).collect();
-        left.retain(|socket| still.contains(&socket.cookie));
+        guarding.retain(&mut left)?;
     }
     closed.open = left.len();
     Ok(closed)
