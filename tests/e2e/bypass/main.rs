@@ -9,6 +9,7 @@ mod torture;
 mod before;
 mod clock;
 mod exhaustion;
+#[allow(dead_code, reason = "each test program uses its part")]
 mod maps;
 mod reading;
 mod segments;
