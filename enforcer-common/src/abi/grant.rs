@@ -54,7 +54,7 @@ pub const GRANT_BUCKETS: usize = 8;
 
 /// A token's right to call a server: `GRANTS`, an array by slot. Writer: the daemon. Readers: judge and CLI.
 ///
-/// A grant whose time is over keeps its slot while a flow names its serial: whoever looks for streams that must end finds it there.
+/// A grant whose time is over keeps its slot while a flow names its serial, or has its bit and the token is good: whoever looks for streams that must end finds it there.
 /// A slot is used again only a while after its grant was voided (`serial` 0), so that a program which still reads the
 /// old grant never sees half of a new one. 65,536 entries: an array lookup is inlined, a hash lookup is not.
 #[repr(C)]

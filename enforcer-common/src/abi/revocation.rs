@@ -38,7 +38,7 @@ pub struct Revocation {
     pub server_hash: NameHash,
     /// `REVOKE_*` bits: what a token must match, all of it. None: every token.
     pub selectors: u32,
-    /// 1: `expires_at_unix_secs` is the token's own end; 0: it follows from the longest life that policy allows a token.
+    /// 1: `expires_at_unix_secs` is the token's own end and the largest leeway that a policy can give; 0: it follows from the longest life that policy allows a token.
     pub exact_end: u32,
     /// Beginning of the issuer, for people; as the following.
     pub issuer: Text<96>,
