@@ -181,12 +181,22 @@ pub fn settle(word: &impl CtlWord, fields: impl FnOnce()) -> Option<Ctl> {
     Some(settled)
 }
 
-/// Ends a flow that is in `state`, whoever looks at it beside its judge: whether it did.
+/// Ends a flow, whoever looks at it beside its judge: whether it did. (If not, it is dead already, or goes on at this moment: the next
+/// look will tell.)
 #[must_use]
 #[inline(always)]
-pub fn end(word: &impl CtlWord, state: State) -> bool {
+pub fn end(word: &impl CtlWord) -> bool {
     let now = word.load();
-    now.state() == state as u64 && word.replace(now, now.to(State::Dead))
+    now.state() != State::Dead as u64 && word.replace(now, now.to(State::Dead))
+}
+
+/// The judge's way from one state to the next, `next` of the word as it is; none if the flow was ended meanwhile.
+#[must_use]
+#[inline(always)]
+pub fn go_on(word: &impl CtlWord, next: impl FnOnce(Ctl) -> Ctl) -> Option<Ctl> {
+    let now = word.load();
+    let next = next(now);
+    if now.state() != State::Dead as u64 && word.replace(now, next) { Some(next) } else { None }
 }
 
 /// Whether the daemon may put bytes into a flow, `meant` being the word that it believes in: it owns the flow, in that epoch.

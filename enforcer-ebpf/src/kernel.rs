@@ -37,6 +37,8 @@ static TCP_RCV_NXT_OFFSET: u32 = 0;
 static TCP_COPIED_SEQ_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 static RECEIVE_BUFFER_OFFSET: u32 = 0;
+#[unsafe(no_mangle)]
+static LOW_WATER_OFFSET: u32 = 0;
 
 #[unsafe(no_mangle)]
 static SOCK_NET_OFFSET: u32 = 0;
@@ -135,6 +137,14 @@ pub(crate) unsafe fn exchange(word: *mut u64, new: u64) -> u64 {
     found
 }
 
+/// Keeps the machine from reading what follows before what precedes.
+#[inline(always)]
+pub(crate) fn memory_barrier() {
+    let mut word = 0;
+    // SAFETY: a word of our own. An exchange that gives the old value is a full barrier.
+    let _ = unsafe { exchange(&raw mut word, 1) };
+}
+
 #[cfg(not(target_arch = "bpf"))]
 unsafe fn compare_exchange(_word: *mut u64, _old: u64, _new: u64) -> u64 {
     unreachable!("compiled for lints only")
@@ -172,13 +182,25 @@ pub(crate) fn tcp_of(sk: *mut c_void) -> Option<*const u8> {
     if tcp.is_null() { None } else { Some(tcp) }
 }
 
-/// Sequence number of the next byte that the server reads.
+/// Sequence number of the next byte that the server reads, at most: what was dropped may not be counted.
 #[inline(always)]
 pub(crate) fn copied_seq(tcp: *const u8) -> u32 {
     // SAFETY: as in `Skb::sequences`.
-    unsafe {
-        tcp.add((&raw const TCP_COPIED_SEQ_OFFSET).read_volatile() as usize).cast::<u32>().read_volatile()
-    }
+    unsafe { number(tcp, &raw const TCP_COPIED_SEQ_OFFSET) }
+}
+
+/// Sequence number of the next byte that is to come.
+#[inline(always)]
+pub(crate) fn rcv_nxt(tcp: *const u8) -> u32 {
+    // SAFETY: as in `Skb::sequences`.
+    unsafe { number(tcp, &raw const TCP_RCV_NXT_OFFSET) }
+}
+
+/// Whether the server wants to hear of more than one byte at a time only (`SO_RCVLOWAT`).
+#[inline(always)]
+pub(crate) fn has_low_water(tcp: *const u8) -> bool {
+    // SAFETY: as in `Skb::sequences`.
+    unsafe { number(tcp, &raw const LOW_WATER_OFFSET) > 1 }
 }
 
 /// Whether the server has accepted the connection.
@@ -191,19 +213,13 @@ pub(crate) fn is_accepted(tcp: *const u8) -> bool {
 /// Bytes that the server has not read yet, and the most that may wait. TCP alone keeps them below its receive buffer; bytes that
 /// pass behind injected ones are not charged to it.
 #[inline(always)]
-pub(crate) fn unread_bytes(skb: *mut __sk_buff, flow: &Flow) -> Option<(u32, u32)> {
-    let tcp = tcp_sock(skb)?;
+pub(crate) fn unread_bytes(tcp: *const u8, flow: &Flow) -> (u32, u32) {
+    let unread = rcv_nxt(tcp).wrapping_sub(copied_seq(tcp)).wrapping_sub(flow.swallowed_bytes);
+    // A kernel that does count swallowed bytes as read makes the difference negative.
+    let unread = if unread as i32 > 0 { unread } else { 0 };
     // SAFETY: as in `Skb::sequences`.
-    unsafe {
-        let number =
-            |offset: *const u32| tcp.add(offset.read_volatile() as usize).cast::<u32>().read_volatile();
-        let unread = number(&raw const TCP_RCV_NXT_OFFSET)
-            .wrapping_sub(number(&raw const TCP_COPIED_SEQ_OFFSET))
-            .wrapping_sub(flow.swallowed_bytes);
-        // A kernel that does count swallowed bytes as read makes the difference negative.
-        let unread = if unread as i32 > 0 { unread } else { 0 };
-        Some((unread, number(&raw const RECEIVE_BUFFER_OFFSET).saturating_mul(2)))
-    }
+    let buffer_bytes = unsafe { number(tcp, &raw const RECEIVE_BUFFER_OFFSET) };
+    (unread, buffer_bytes.saturating_mul(2))
 }
 
 /// Cookie of the network namespace of an skb's TCP socket, read where the kernel keeps it: `cgroup_skb` has no
@@ -305,12 +321,7 @@ impl Skb<'_> {
         let tcp = tcp_sock(self.raw())?;
         // SAFETY: the offsets are constants to the verifier (the loader freezes them), which checks that they name 32-bit fields.
         unsafe {
-            let write_seq = (&raw const TCP_WRITE_SEQ_OFFSET).read_volatile() as usize;
-            let snd_una = (&raw const TCP_SND_UNA_OFFSET).read_volatile() as usize;
-            Some((
-                tcp.add(write_seq).cast::<u32>().read_volatile(),
-                tcp.add(snd_una).cast::<u32>().read_volatile(),
-            ))
+            Some((number(tcp, &raw const TCP_WRITE_SEQ_OFFSET), number(tcp, &raw const TCP_SND_UNA_OFFSET)))
         }
     }
 
@@ -331,11 +342,7 @@ impl Skb<'_> {
             if file.is_null() {
                 return true;
             }
-            let flags = file
-                .add((&raw const FILE_FLAGS_OFFSET).read_volatile() as usize)
-                .cast::<u32>()
-                .read_volatile();
-            flags & O_NONBLOCK == 0
+            number(file, &raw const FILE_FLAGS_OFFSET) & O_NONBLOCK == 0
         }
     }
 
@@ -348,10 +355,7 @@ impl Skb<'_> {
     pub(crate) fn swallow(&self, flow: &mut Flow) -> u32 {
         let Some(tcp) = tcp_sock(self.raw()) else { return SK_DROP };
         // SAFETY: as in `sequences`.
-        let queued = unsafe {
-            let offset = (&raw const RECEIVE_QUEUE_LEN_OFFSET).read_volatile() as usize;
-            tcp.add(offset).cast::<u32>().read_volatile()
-        };
+        let queued = unsafe { number(tcp, &raw const RECEIVE_QUEUE_LEN_OFFSET) };
         if queued != 0 {
             return SK_DROP;
         }
@@ -399,6 +403,16 @@ extern "C" fn cut_step(_index: u32, cut: *mut Cut<'_>) -> i64 {
 unsafe fn field(structure: *const u8, offset: *const u32) -> *const u8 {
     // SAFETY: the caller's.
     unsafe { structure.add(offset.read_volatile() as usize).cast::<*const u8>().read_volatile() }
+}
+
+/// A 32-bit number in a kernel structure.
+///
+/// # Safety
+/// As for [`field`].
+#[inline(always)]
+unsafe fn number(structure: *const u8, offset: *const u32) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { structure.add(offset.read_volatile() as usize).cast::<u32>().read_volatile() }
 }
 
 /// A length that every verifier since 6.1 believes to be in `1..=MAX`: compare first, then mask, with the compiler kept from

@@ -24,7 +24,7 @@ const RUN_DIR: &str = "/run/enforcer";
 const STATE_DIR: &str = "/var/lib/enforcer";
 const PIN_PREFIX: &str = "enforcer-test-";
 /// From the command to the line `ready`: the kernel's self-test and the issuers' keys, on a busy machine.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(180);
 /// From SIGTERM to the end, with the drain time.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 const CLI_LIMIT: Duration = Duration::from_secs(30);

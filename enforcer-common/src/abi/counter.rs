@@ -128,6 +128,8 @@ counters! {
     GateUrgent = 48, "gate-urgent";
     /// An answer of the kernel could not be sent: the flow is dead.
     DeadReplyFailed = 49, "dead-reply-failed";
+    /// The gate dropped a packet with bytes because the server set `SO_RCVLOWAT`; its sender will repeat it.
+    GateLowWater = 50, "gate-low-water";
 }
 
 /// Size of `COUNTERS`.

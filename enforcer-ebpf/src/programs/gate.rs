@@ -9,6 +9,8 @@
 //! - Datagrams for a protected endpoint are dropped: HTTP/3 would lead around the judge.
 //! - A packet that is marked urgent is dropped: TCP would take its byte out of the stream, past the judge, and HTTP has no use for it.
 //! - A server that was seen to read past the judge gets no bytes before it accepts: see `hold.rs`.
+//! - A server that wants to be woken for many bytes only (`SO_RCVLOWAT`) gets none: until then TCP would keep them where the judge does not
+//!   see them, and other calls than `recv` do.
 //! - The sender of a flow that the daemon owns is held back while the ring buffer fills, because dropped skbs leave its window open.
 //! - A server that does not read can't make the kernel queue without bound.
 
@@ -28,13 +30,14 @@ use enforcer_common::flow::{Ctl, State};
 use super::hold;
 use super::punt::{self, Event};
 use super::sock_ops::{endpoint, v4, v6};
-use crate::kernel::{config, count, is_accepted, netns_cookie, tcp_sock, unread_bytes};
+use crate::kernel::{config, count, has_low_water, is_accepted, netns_cookie, tcp_sock, unread_bytes};
 use crate::maps::{FLOWS, PUNTS};
 
 const PASS: i32 = 1;
 const DROP: i32 = 0;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_UDP: u32 = 17;
+const TCP_SYN_RECV: u32 = 3;
 const TCP_LISTEN: u32 = 10;
 const TCP_NEW_SYN_RECV: u32 = 12;
 
@@ -88,8 +91,16 @@ fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter>
     if is_urgent(ctx) {
         return Some(Counter::GateUrgent);
     }
-    if state == HEAD && flow.requests == 0 && flow.punts == 0 {
-        return first_bytes(ctx, cookie, flow);
+    let tcp = tcp_sock(ctx.as_ptr().cast())?;
+    if hold::reads_past(tcp, flow) {
+        hold::found_out(cookie, flow);
+        return Some(Counter::GateDead);
+    }
+    if has_low_water(tcp) {
+        return Some(Counter::GateLowWater);
+    }
+    if state == HEAD && flow.requests == 0 && !is_accepted(tcp) && hold::is_held(flow) {
+        return Some(Counter::GateHeld);
     }
     if state == PUNTED {
         // SAFETY: the map is a ring buffer.
@@ -100,23 +111,10 @@ fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter>
         }
     }
     if state == PUNTED || state == BODY || state == CHUNKED {
-        return match unread_bytes(ctx.as_ptr().cast(), flow) {
-            Some((unread, limit)) if unread > limit => Some(Counter::GateUnread),
-            _ => None,
-        };
+        let (unread, limit) = unread_bytes(tcp, flow);
+        return if unread > limit { Some(Counter::GateUnread) } else { None };
     }
     None
-}
-
-/// Why the first bytes of a guarded flow must wait, or be the last ones.
-#[inline(always)]
-fn first_bytes(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter> {
-    let tcp = tcp_sock(ctx.as_ptr().cast())?;
-    if hold::reads_past(tcp, flow) {
-        hold::found_out(cookie, flow);
-        return Some(Counter::GateDead);
-    }
-    if !is_accepted(tcp) && hold::is_held(flow) { Some(Counter::GateHeld) } else { None }
 }
 
 /// Why a packet for a socket without a flow record must not arrive, if it is for a protected endpoint.
@@ -258,11 +256,12 @@ fn has_payload(ctx: &SkBuffContext) -> bool {
     }
 }
 
-/// Asks the daemon to destroy a connection that should be guarded and is not. A listener is no connection.
+/// Asks the daemon to destroy a connection that should be guarded and is not. A listener is no connection, and one whose handshake ends at
+/// this moment is about to be guarded.
 #[inline(always)]
 fn report(ctx: &SkBuffContext, cookie: u64) {
     let Some(Target { local, peer, state, .. }) = target(ctx) else { return };
-    if state == TCP_LISTEN || state == TCP_NEW_SYN_RECV {
+    if state == TCP_LISTEN || state == TCP_SYN_RECV || state == TCP_NEW_SYN_RECV {
         return;
     }
     punt::event(Event {

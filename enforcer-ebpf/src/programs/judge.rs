@@ -2,6 +2,7 @@
 
 use core::mem::MaybeUninit;
 
+use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
@@ -10,7 +11,7 @@ use enforcer_common::abi::{
     PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict, reply_digits,
 };
 use enforcer_common::flow::{
-    Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, next, settle,
+    Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, go_on, next, settle,
 };
 use enforcer_common::head::{HeadInfo, Miss, zero_words};
 use enforcer_common::verdict::{self, Known};
@@ -20,7 +21,7 @@ use super::hold;
 use super::punt::{self, Event, Handed};
 use super::recognise::{self, Head};
 use super::use_grant;
-use crate::kernel::{CtlCell, Skb, config, count, now_ns, observed};
+use crate::kernel::{CtlCell, Skb, config, copied_seq, count, now_ns, observed, tcp_sock};
 use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
 
 const _: () = assert!(MODE_OBSERVE >> 1 == FLOW_OBSERVE && MODE_ENFORCE >> 1 == 0);
@@ -76,7 +77,7 @@ fn judge(ctx: SkBuffContext) -> u32 {
     };
     // SAFETY: a valid map value. Only this program changes it while the flow is the kernel's, under the socket's lock.
     let flow = unsafe { &mut *flow };
-    let aligned = if flow.next_byte_seq == skb.first_byte_seq() { Ok(()) } else { align(skb, flow) };
+    let aligned = align(skb, flow);
     let mut input = Input { skb, cookie, len: u64::from(skb.len()), unanswered: false, write_seq: 0 };
     flow.next_byte_seq = flow.next_byte_seq.wrapping_add(input.len as u32);
     if let Err(reason) = aligned {
@@ -112,13 +113,18 @@ fn judge(ctx: SkBuffContext) -> u32 {
 }
 
 /// Cuts off what the judge has seen already: segments may overlap, TCP leaves it to its readers to skip what they have, and its
-/// `read_skb` doesn't. If bytes are missing, the server has read them, unjudged.
+/// `read_skb` doesn't. If bytes are missing, or the server is further than the judge, it has read bytes unjudged.
 #[inline(never)]
 fn align(skb: Skb<'_>, flow: &Flow) -> Result<(), Counter> {
+    let Some(tcp) = tcp_sock(skb.ctx.as_ptr().cast()) else { return Err(Counter::DeadHelper) };
     let repeated = flow.next_byte_seq.wrapping_sub(skb.first_byte_seq()) as i32;
-    if repeated < 0 {
+    let ahead = copied_seq(tcp).wrapping_sub(flow.next_byte_seq) as i32;
+    if repeated < 0 || ahead > 0 {
         hold::hold(flow);
         return Err(Counter::DeadUnjudged);
+    }
+    if repeated == 0 {
+        return Ok(());
     }
     count(Counter::OverlapCut);
     skb.cut_front(repeated as u32).map_err(|_| Counter::DeadHelper)
@@ -306,13 +312,16 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
     match outcome {
         Outcome::Pass(counter, state, left) => {
             flow.remaining_bytes = left;
-            ctl.store(ctl.load().to(state));
+            if go_on(&ctl, |now| now.to(state)).is_none() {
+                return dead(input, flow, Counter::DeadDropped);
+            }
             count(counter);
             SK_PASS
         }
         Outcome::Drop(counter, state, left) => {
             flow.remaining_bytes = left;
-            ctl.store(ctl.load().to(state));
+            // If it was ended meanwhile it is as dead as that.
+            let _ = go_on(&ctl, |now| now.to(state));
             count(counter);
             input.skb.swallow(flow)
         }
@@ -320,8 +329,9 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
         Outcome::Punt(reason, skip_bytes) => {
             flow.punts += 1;
             flow.flags |= FLOW_PUNTED_ONCE;
-            let next = ctl.load().punt(input.len);
-            ctl.store(next);
+            let Some(next) = go_on(&ctl, |now| now.punt(input.len)) else {
+                return dead(input, flow, Counter::DeadDropped);
+            };
             count(reason);
             hand_over(input, flow, next, reason, skip_bytes)
         }
@@ -371,7 +381,10 @@ fn reply(input: &Input<'_>, flow: &mut Flow, counter: Counter, reply_id: u32, le
     }
     let ctl = CtlCell::new(&raw mut flow.ctl);
     flow.remaining_bytes = left;
-    ctl.store(ctl.load().to(if left == 0 { State::Head } else { State::Discard }));
+    let state = if left == 0 { State::Head } else { State::Discard };
+    if go_on(&ctl, |now| now.to(state)).is_none() {
+        return dead(input, flow, Counter::DeadDropped);
+    }
     let verdict = SOCKETS.redirect_skb(input.skb.ctx, input.cookie, 0) as u32;
     if verdict == SK_DROP {
         return dead(input, flow, Counter::DeadReplyFailed);

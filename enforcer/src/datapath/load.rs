@@ -165,6 +165,7 @@ fn load_programs(pins: &PinDir) -> Result<Ebpf, LoadError> {
         .override_global("TCP_RCV_NXT_OFFSET", &offsets.rcv_nxt, true)
         .override_global("TCP_COPIED_SEQ_OFFSET", &offsets.copied_seq, true)
         .override_global("RECEIVE_BUFFER_OFFSET", &offsets.receive_buffer, true)
+        .override_global("LOW_WATER_OFFSET", &offsets.low_water, true)
         .override_global("SK_SOCKET_OFFSET", &offsets.socket, true)
         .override_global("SOCKET_FILE_OFFSET", &offsets.file, true)
         .override_global("FILE_FLAGS_OFFSET", &offsets.file_flags, true)

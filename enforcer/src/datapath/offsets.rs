@@ -20,6 +20,8 @@ pub struct TcpOffsets {
     pub copied_seq: u32,
     /// `sk_rcvbuf`.
     pub receive_buffer: u32,
+    /// `sk_rcvlowat`: how many bytes must be there before the server, and the judge, hear of them.
+    pub low_water: u32,
     /// `sk_socket` in `struct sock`.
     pub socket: u32,
     /// `file` in `struct socket`.
@@ -76,6 +78,7 @@ impl TcpOffsets {
             rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
             copied_seq: offset("tcp_sock", "copied_seq")?,
             receive_buffer: offset("sock", "sk_rcvbuf")?,
+            low_water: offset("sock", "sk_rcvlowat")?,
             // A `struct tcp_sock` starts with its `struct sock`.
             socket: offset("sock", "sk_socket")?,
             file: offset("socket", "file")?,

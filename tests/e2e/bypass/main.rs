@@ -11,6 +11,7 @@ mod clock;
 mod exhaustion;
 #[allow(dead_code, reason = "each test program uses its part")]
 mod maps;
+mod past;
 mod reading;
 mod segments;
 mod sockets;

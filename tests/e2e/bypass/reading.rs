@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::{Enforcement, skip};
-use enforcer_tests::guard::{Cgroup, Deadline, wait_until};
+use enforcer_tests::guard::{Cgroup, Deadline};
 use enforcer_tests::issuer::Issuer;
 use enforcer_tests::raw::Connection;
 
@@ -17,22 +17,22 @@ use crate::torture::sockets::{ListenerKind, listener_in};
 use crate::torture::{PATIENCE, bad_token, enforce, good_token, post};
 
 /// How long a server tries to read what must not come.
-const QUIET: Duration = Duration::from_millis(150);
-const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+pub(crate) const QUIET: Duration = Duration::from_millis(150);
+pub(crate) const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
 
 /// A guarded listener that this test serves by hand.
-struct ByHand {
-    listener: TcpListener,
-    enforcement: Enforcement,
+pub(crate) struct ByHand {
+    pub(crate) listener: TcpListener,
+    pub(crate) enforcement: Enforcement,
     issuer: Issuer,
     _deadline: Deadline,
 }
 
 /// Takes what is there; [`ErrorKind::WouldBlock`] if nothing is.
-type Reader = fn(&TcpStream, &mut [u8]) -> io::Result<usize>;
+pub(crate) type Reader = fn(&TcpStream, &mut [u8]) -> io::Result<usize>;
 
 impl ByHand {
-    fn new(name: &str) -> Result<Self> {
+    pub(crate) fn new(name: &str) -> Result<Self> {
         let deadline = Deadline::new(name, LIMIT);
         let cgroup = Cgroup::new(name)?;
         let listener = listener_in(&cgroup, None, (Ipv4Addr::LOCALHOST, 0).into(), ListenerKind::default())?;
@@ -40,13 +40,13 @@ impl ByHand {
         Ok(Self { listener, enforcement, issuer, _deadline: deadline })
     }
 
-    fn request(&self, good: bool) -> Result<Vec<u8>> {
+    pub(crate) fn request(&self, good: bool) -> Result<Vec<u8>> {
         let token = if good { good_token(&self.issuer)? } else { bad_token(&self.issuer)? };
         Ok(post(&token).body(b"{\"read\":\"somehow\"}").build())
     }
 
     /// A client that has sent a request, before or after the server accepted it.
-    fn client(&self, request: &[u8], early: bool) -> Result<(Connection, TcpStream)> {
+    pub(crate) fn client(&self, request: &[u8], early: bool) -> Result<(Connection, TcpStream)> {
         let mut client = Connection::open(self.listener.local_addr()?, PATIENCE)?;
         if early {
             client.send(request)?;
@@ -61,7 +61,7 @@ impl ByHand {
     }
 
     /// Good and bad requests, first seen and known, sent before and after the accept, read by `reader`.
-    fn serve(&self, reader: Reader) -> Result<()> {
+    pub(crate) fn serve(&self, reader: Reader) -> Result<()> {
         let (good, bad) = (self.request(true)?, self.request(false)?);
         for (round, early) in [false, false, true, true].into_iter().enumerate() {
             let (mut client, accepted) = self.client(&bad, early)?;
@@ -85,7 +85,12 @@ impl ByHand {
 }
 
 /// Reads `wanted` bytes, or what comes in `patience`.
-fn read_until(reader: Reader, socket: &TcpStream, wanted: usize, patience: Duration) -> Result<Vec<u8>> {
+pub(crate) fn read_until(
+    reader: Reader,
+    socket: &TcpStream,
+    wanted: usize,
+    patience: Duration,
+) -> Result<Vec<u8>> {
     let (mut read, end) = (Vec::new(), Instant::now() + patience);
     let mut buffer = vec![0; 1 << 16];
     while read.len() < wanted && Instant::now() < end {
@@ -101,11 +106,11 @@ fn read_until(reader: Reader, socket: &TcpStream, wanted: usize, patience: Durat
     Ok(read)
 }
 
-fn result(count: isize) -> io::Result<usize> {
+pub(crate) fn result(count: isize) -> io::Result<usize> {
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-fn recv(socket: &TcpStream, buffer: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
+pub(crate) fn recv(socket: &TcpStream, buffer: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
     // SAFETY: the buffer lives through the call.
     result(unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags) })
 }
@@ -293,126 +298,6 @@ fn an_accepted_socket_passed_to_a_process_outside_stays_guarded() -> Result<()> 
         client.finish_sending()?;
         let output = reader.wait_with_output()?;
         ensure!(output.stdout == good, "it read {:?}", String::from_utf8_lossy(&output.stdout));
-    }
-    Ok(())
-}
-
-/// Takes what is in TCP's own queue, without waiting.
-fn splice(socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
-    let (mut reader, writer) = io::pipe()?;
-    let (from, to) = (socket.as_raw_fd(), writer.as_raw_fd());
-    // SAFETY: both descriptors are open; no offsets are given.
-    let moved = unsafe {
-        libc::splice(
-            from,
-            std::ptr::null_mut(),
-            to,
-            std::ptr::null_mut(),
-            buffer.len(),
-            libc::SPLICE_F_NONBLOCK,
-        )
-    };
-    let moved = result(moved)?;
-    reader.read_exact(&mut buffer[..moved])?;
-    Ok(moved)
-}
-
-/// `struct tcp_zerocopy_receive`, as far as it is used.
-#[repr(C)]
-#[derive(Default)]
-struct ZeroCopy {
-    address: u64,
-    length: u32,
-    skip_hint: u32,
-    in_queue: u32,
-    error: i32,
-    copy_address: u64,
-    copy_length: i32,
-    flags: u32,
-}
-
-/// As [`splice`], by `TCP_ZEROCOPY_RECEIVE`: whole pages are mapped, other bytes copied.
-fn zero_copy(socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
-    const TCP_ZEROCOPY_RECEIVE: libc::c_int = 35;
-    const LENGTH: usize = 1 << 16;
-    let fd = socket.as_raw_fd();
-    // SAFETY: a new mapping, removed below; all that the option names lives through the call.
-    unsafe {
-        let map = libc::mmap(std::ptr::null_mut(), LENGTH, libc::PROT_READ, libc::MAP_SHARED, fd, 0);
-        if map == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let mut request = ZeroCopy {
-            address: map as u64,
-            length: LENGTH as u32,
-            copy_address: buffer.as_mut_ptr() as u64,
-            copy_length: i32::try_from(buffer.len()).unwrap_or(i32::MAX),
-            ..ZeroCopy::default()
-        };
-        let mut size = size_of::<ZeroCopy>() as libc::socklen_t;
-        let got = libc::getsockopt(
-            fd,
-            libc::IPPROTO_TCP,
-            TCP_ZEROCOPY_RECEIVE,
-            (&raw mut request).cast(),
-            &raw mut size,
-        );
-        let error = io::Error::last_os_error();
-        let (mapped, copied) = (request.length as usize, usize::try_from(request.copy_length).unwrap_or(0));
-        if got == 0 && mapped > 0 {
-            std::ptr::copy(map.cast::<u8>(), buffer.as_mut_ptr().add(copied), mapped);
-        }
-        libc::munmap(map, LENGTH);
-        match (got, mapped + copied) {
-            (0, 0) => Err(ErrorKind::WouldBlock.into()),
-            (0, count) => Ok(count),
-            _ => Err(error),
-        }
-    }
-}
-
-/// `splice` and zero-copy receive look into TCP's own queue, where what came before the accept lies unjudged. The first
-/// connection that is read like that shows what kind of server it is; from then on bytes come only to accepted connections.
-#[test]
-fn a_server_that_reads_past_the_judge_is_found_and_held() -> Result<()> {
-    for (name, reader) in [("splice", splice as Reader), ("zerocopy", zero_copy)] {
-        let scene = ByHand::new(name)?;
-        let (good, bad) = (scene.request(true)?, scene.request(false)?);
-        // Only what is judged passes once the connection is accepted.
-        for _ in 0..2 {
-            let (mut client, accepted) = scene.client(&bad, false)?;
-            let read = read_until(reader, &accepted, usize::MAX, QUIET)?;
-            ensure!(read.is_empty(), "{name}: it read {:?}", String::from_utf8_lossy(&read));
-            ensure!(client.read_response()?.status == 401, "{name}: a bad token");
-        }
-        let (mut client, mut accepted) = scene.client(&bad, true)?;
-        let read = read_until(reader, &accepted, bad.len(), QUIET)?;
-        ensure!(
-            read == bad,
-            "{name}: this kernel shows nothing before the accept; the holding proves nothing"
-        );
-        drop(accepted.write_all(ANSWER));
-        // It was read, but the connection does not outlive the answer, and it was the last one.
-        let found = wait_until("the server is found out", PATIENCE, || {
-            (scene.enforcement.counter("dead-unjudged").ok()? > 0).then_some(())
-        });
-        found.with_context(|| name)?;
-        drop(client.send(&good));
-        // A reset is as good as nothing.
-        let more = read_until(reader, &accepted, usize::MAX, QUIET).unwrap_or_default();
-        ensure!(more.is_empty(), "{name}: it read on: {:?}", String::from_utf8_lossy(&more));
-        for round in 0..2 {
-            let (mut client, accepted) = scene.client(&bad, true)?;
-            let read = read_until(reader, &accepted, usize::MAX, Duration::from_millis(600))?;
-            ensure!(read.is_empty(), "{name}, round {round}: it read {:?}", String::from_utf8_lossy(&read));
-            ensure!(client.read_response()?.status == 401, "{name}, round {round}: a bad token");
-            // Reading as everybody does works, if later.
-            let (_client, accepted) = scene.client(&good, true)?;
-            let read = read_until(|mut socket, buffer| socket.read(buffer), &accepted, good.len(), PATIENCE)?;
-            ensure!(read == good, "{name}, round {round}: it read {:?}", String::from_utf8_lossy(&read));
-        }
-        ensure!(scene.enforcement.counter("gate-held")? > 0, "{name}: nothing was held");
-        ensure!(scene.enforcement.counter("dead-unjudged")? == 1, "{name}: another one was found");
     }
     Ok(())
 }
