@@ -5,7 +5,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::sk_action::SK_DROP;
 use aya_ebpf::helpers::{
     bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_loop, bpf_sk_redirect_map, bpf_skb_adjust_room,
-    bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skc_to_tcp_sock,
+    bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::SkBuffContext;
 use core::ffi::c_void;
@@ -13,40 +13,10 @@ use enforcer_common::abi::{Config, Counter, FLOW_OBSERVE, Flow, MODE_OBSERVE};
 use enforcer_common::flow::{Ctl, CtlWord};
 
 use crate::maps::{CONFIG, COUNTERS, SINK};
+use crate::tcp;
 
 /// A helper failed.
 pub(crate) struct Failed;
-
-/// Offsets in `struct tcp_sock`, set by the loader from the kernel's own type information.
-#[unsafe(no_mangle)]
-static TCP_WRITE_SEQ_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static TCP_SND_UNA_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static RECEIVE_QUEUE_LEN_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static SK_SOCKET_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static SOCKET_FILE_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static FILE_FLAGS_OFFSET: u32 = 0;
-
-#[unsafe(no_mangle)]
-static TCP_RCV_NXT_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static TCP_COPIED_SEQ_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static RECEIVE_BUFFER_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static LOW_WATER_OFFSET: u32 = 0;
-
-#[unsafe(no_mangle)]
-static SOCK_NET_OFFSET: u32 = 0;
-#[unsafe(no_mangle)]
-static NET_COOKIE_OFFSET: u32 = 0;
-
-/// `O_NONBLOCK` in `struct file::f_flags`.
-const O_NONBLOCK: u32 = 0o4000;
 
 /// Adds one to a counter.
 #[inline(always)]
@@ -161,82 +131,6 @@ pub(crate) struct Skb<'a> {
     pub(crate) ctx: &'a SkBuffContext,
 }
 
-/// The kernel's record of an skb's TCP socket.
-#[inline(always)]
-pub(crate) fn tcp_sock(skb: *mut __sk_buff) -> Option<*const u8> {
-    // SAFETY: the verifier checks the context access, and that the pointers are compared with null.
-    unsafe {
-        let sk = (*skb).__bindgen_anon_2.sk;
-        if sk.is_null() {
-            return None;
-        }
-        tcp_of(sk.cast())
-    }
-}
-
-/// The kernel's record of a socket, if it is one of TCP.
-#[inline(always)]
-pub(crate) fn tcp_of(sk: *mut c_void) -> Option<*const u8> {
-    // SAFETY: the verifier checks that the pointer is a socket, and that the result is compared with null.
-    let tcp = unsafe { bpf_skc_to_tcp_sock(sk).cast::<u8>() };
-    if tcp.is_null() { None } else { Some(tcp) }
-}
-
-/// Sequence number of the next byte that the server reads, at most: what was dropped may not be counted.
-#[inline(always)]
-pub(crate) fn copied_seq(tcp: *const u8) -> u32 {
-    // SAFETY: as in `Skb::sequences`.
-    unsafe { number(tcp, &raw const TCP_COPIED_SEQ_OFFSET) }
-}
-
-/// Sequence number of the next byte that is to come.
-#[inline(always)]
-pub(crate) fn rcv_nxt(tcp: *const u8) -> u32 {
-    // SAFETY: as in `Skb::sequences`.
-    unsafe { number(tcp, &raw const TCP_RCV_NXT_OFFSET) }
-}
-
-/// Whether the server wants to hear of more than one byte at a time only (`SO_RCVLOWAT`).
-#[inline(always)]
-pub(crate) fn has_low_water(tcp: *const u8) -> bool {
-    // SAFETY: as in `Skb::sequences`.
-    unsafe { number(tcp, &raw const LOW_WATER_OFFSET) > 1 }
-}
-
-/// Whether the server has accepted the connection.
-#[inline(always)]
-pub(crate) fn is_accepted(tcp: *const u8) -> bool {
-    // SAFETY: as in `Skb::sequences`.
-    unsafe { !field(tcp, &raw const SK_SOCKET_OFFSET).is_null() }
-}
-
-/// Bytes that the server has not read yet, and the most that may wait. TCP alone keeps them below its receive buffer; bytes that
-/// pass behind injected ones are not charged to it.
-#[inline(always)]
-pub(crate) fn unread_bytes(tcp: *const u8, flow: &Flow) -> (u32, u32) {
-    let unread = rcv_nxt(tcp).wrapping_sub(copied_seq(tcp)).wrapping_sub(flow.swallowed_bytes);
-    // A kernel that does count swallowed bytes as read makes the difference negative.
-    let unread = if unread as i32 > 0 { unread } else { 0 };
-    // SAFETY: as in `Skb::sequences`.
-    let buffer_bytes = unsafe { number(tcp, &raw const RECEIVE_BUFFER_OFFSET) };
-    (unread, buffer_bytes.saturating_mul(2))
-}
-
-/// Cookie of the network namespace of an skb's TCP socket, read where the kernel keeps it: `cgroup_skb` has no
-/// `bpf_get_netns_cookie` on 6.1 ("unknown func bpf_get_netns_cookie#122"). 0 where it can't be told.
-#[inline(always)]
-pub(crate) fn netns_cookie(skb: *mut __sk_buff) -> u64 {
-    let Some(tcp) = tcp_sock(skb) else { return 0 };
-    // SAFETY: as in `Skb::sequences`; a socket's namespace lives as long as the socket.
-    unsafe {
-        let net = field(tcp, &raw const SOCK_NET_OFFSET);
-        if net.is_null() {
-            return 0;
-        }
-        net.add((&raw const NET_COOKIE_OFFSET).read_volatile() as usize).cast::<u64>().read_volatile()
-    }
-}
-
 impl Skb<'_> {
     #[inline(always)]
     fn raw(&self) -> *mut __sk_buff {
@@ -246,6 +140,12 @@ impl Skb<'_> {
     #[inline(always)]
     pub(crate) fn len(&self) -> u32 {
         self.ctx.len()
+    }
+
+    /// The kernel's record of the socket that the bytes came in on.
+    #[inline(always)]
+    pub(crate) fn tcp(&self) -> Option<*const u8> {
+        tcp::of_skb(self.raw())
     }
 
     /// TCP's sequence number of the first byte. TCP keeps it where a verdict program finds `cb` (`struct tcp_skb_cb`, `struct
@@ -315,37 +215,6 @@ impl Skb<'_> {
         if result == 0 { Ok(()) } else { Err(Failed) }
     }
 
-    /// The server's next sequence number to write, and the oldest one that its client has not acknowledged.
-    #[inline(always)]
-    pub(crate) fn sequences(&self) -> Option<(u32, u32)> {
-        let tcp = tcp_sock(self.raw())?;
-        // SAFETY: the offsets are constants to the verifier (the loader freezes them), which checks that they name 32-bit fields.
-        unsafe {
-            Some((number(tcp, &raw const TCP_WRITE_SEQ_OFFSET), number(tcp, &raw const TCP_SND_UNA_OFFSET)))
-        }
-    }
-
-    /// Whether the server may block in `recv` on this socket; also where that can't be told.
-    ///
-    /// An answer of the kernel wakes whoever reads the socket, and a blocking `recv` then fails with EAGAIN (see [`Self::swallow`]).
-    /// Few servers survive that, and one that closes its socket takes the answer along.
-    #[inline(always)]
-    pub(crate) fn server_blocks(&self) -> bool {
-        let Some(tcp) = tcp_sock(self.raw()) else { return true };
-        // SAFETY: as in `sequences`; the verifier follows the pointers by the kernel's type information.
-        unsafe {
-            let socket = field(tcp, &raw const SK_SOCKET_OFFSET);
-            if socket.is_null() {
-                return true;
-            }
-            let file = field(socket, &raw const SOCKET_FILE_OFFSET);
-            if file.is_null() {
-                return true;
-            }
-            number(file, &raw const FILE_FLAGS_OFFSET) & O_NONBLOCK == 0
-        }
-    }
-
     /// Drops the bytes, without waking the server where that is possible.
     ///
     /// A plain `SK_DROP` wakes whoever reads the socket, and a server that blocks in `recv` then gets EAGAIN although its socket is
@@ -353,11 +222,9 @@ impl Skb<'_> {
     /// which then wakes nobody. It also leaves whatever else is queued until the next packet, so it is used only for the last one.
     #[inline(always)]
     pub(crate) fn swallow(&self, flow: &mut Flow) -> u32 {
-        let Some(tcp) = tcp_sock(self.raw()) else { return SK_DROP };
-        // SAFETY: as in `sequences`.
-        let queued = unsafe { number(tcp, &raw const RECEIVE_QUEUE_LEN_OFFSET) };
-        if queued != 0 {
-            return SK_DROP;
+        match self.tcp() {
+            Some(tcp) if tcp::queued_packets(tcp) == 0 => {}
+            _ => return SK_DROP,
         }
         // The sink's peer does not read and its queue is broken, so nothing ever leaves it. Without a sink this is SK_DROP.
         // SAFETY: the context and the map are valid.
@@ -393,26 +260,6 @@ extern "C" fn cut_step(_index: u32, cut: *mut Cut<'_>) -> i64 {
     }
     cut.left -= take;
     0
-}
-
-/// A pointer in a kernel structure.
-///
-/// # Safety
-/// The structure has a pointer at that offset; the verifier checks it.
-#[inline(always)]
-unsafe fn field(structure: *const u8, offset: *const u32) -> *const u8 {
-    // SAFETY: the caller's.
-    unsafe { structure.add(offset.read_volatile() as usize).cast::<*const u8>().read_volatile() }
-}
-
-/// A 32-bit number in a kernel structure.
-///
-/// # Safety
-/// As for [`field`].
-#[inline(always)]
-unsafe fn number(structure: *const u8, offset: *const u32) -> u32 {
-    // SAFETY: the caller's.
-    unsafe { structure.add(offset.read_volatile() as usize).cast::<u32>().read_volatile() }
 }
 
 /// A length that every verifier since 6.1 believes to be in `1..=MAX`: compare first, then mask, with the compiler kept from

@@ -17,6 +17,7 @@
 mod kernel;
 mod maps;
 mod programs;
+mod tcp;
 
 /// The kernel wants to know that helpers reserved for GPL programs may be used.
 #[unsafe(link_section = "license")]

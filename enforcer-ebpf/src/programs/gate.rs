@@ -30,8 +30,9 @@ use enforcer_common::flow::{Ctl, State};
 use super::hold;
 use super::punt::{self, Event};
 use super::sock_ops::{endpoint, v4, v6};
-use crate::kernel::{config, count, has_low_water, is_accepted, netns_cookie, tcp_sock, unread_bytes};
+use crate::kernel::{config, count};
 use crate::maps::{FLOWS, PUNTS};
+use crate::tcp;
 
 const PASS: i32 = 1;
 const DROP: i32 = 0;
@@ -91,15 +92,15 @@ fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter>
     if is_urgent(ctx) {
         return Some(Counter::GateUrgent);
     }
-    let tcp = tcp_sock(ctx.as_ptr().cast())?;
+    let tcp = tcp::of_skb(ctx.as_ptr().cast())?;
     if hold::reads_past(tcp, flow) {
         hold::found_out(cookie, flow);
         return Some(Counter::GateDead);
     }
-    if has_low_water(tcp) {
+    if tcp::has_low_water(tcp) {
         return Some(Counter::GateLowWater);
     }
-    if state == HEAD && flow.requests == 0 && !is_accepted(tcp) && hold::is_held(flow) {
+    if state == HEAD && flow.requests == 0 && !tcp::is_accepted(tcp) && hold::is_held(flow) {
         return Some(Counter::GateHeld);
     }
     if state == PUNTED {
@@ -111,7 +112,7 @@ fn guarded(ctx: &SkBuffContext, cookie: u64, flow: &mut Flow) -> Option<Counter>
         }
     }
     if state == PUNTED || state == BODY || state == CHUNKED {
-        let (unread, limit) = unread_bytes(tcp, flow);
+        let (unread, limit) = tcp::unread_bytes(tcp, flow);
         return if unread > limit { Some(Counter::GateUnread) } else { None };
     }
     None
@@ -267,7 +268,7 @@ fn report(ctx: &SkBuffContext, cookie: u64) {
     punt::event(Event {
         kind: PUNT_STRAY,
         cookie,
-        netns_cookie: netns_cookie(ctx.as_ptr().cast()),
+        netns_cookie: tcp::netns_cookie(ctx.as_ptr().cast()),
         endpoint_id: 0,
         reason: Counter::GateStray,
         interface: 0,

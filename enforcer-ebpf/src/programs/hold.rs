@@ -9,19 +9,38 @@ use enforcer_common::abi::{Counter, FLOW_OBSERVE, Flow, PUNT_DEAD};
 use enforcer_common::flow;
 
 use super::punt::{self, Event};
-use crate::kernel::{CtlCell, copied_seq, count, memory_barrier, now_ns, rcv_nxt};
+use crate::kernel::{CtlCell, Skb, count, memory_barrier, now_ns};
 use crate::maps::HOLD;
+use crate::tcp;
+
+/// Cuts off what the judge has seen already: segments may overlap, TCP leaves it to its readers to skip what they have, and its
+/// `read_skb` doesn't. If bytes are missing, or the server is further than the judge, it has read bytes unjudged.
+#[inline(never)]
+pub(crate) fn align(skb: Skb<'_>, flow: &Flow) -> Result<(), Counter> {
+    let Some(tcp) = skb.tcp() else { return Err(Counter::DeadHelper) };
+    let repeated = flow.next_byte_seq.wrapping_sub(skb.first_byte_seq()) as i32;
+    let ahead = tcp::copied_seq(tcp).wrapping_sub(flow.next_byte_seq) as i32;
+    if repeated < 0 || ahead > 0 {
+        hold(flow);
+        return Err(Counter::DeadUnjudged);
+    }
+    if repeated == 0 {
+        return Ok(());
+    }
+    count(Counter::OverlapCut);
+    skb.cut_front(repeated as u32).map_err(|_| Counter::DeadHelper)
+}
 
 /// Whether the server has read bytes that were not judged. The end of the stream counts for one byte, and for one more each time that it is
 /// read: so only while there are bytes which the judge has not seen.
 #[inline(always)]
 pub(crate) fn reads_past(tcp: *const u8, flow: &Flow) -> bool {
     let ahead = || {
-        let read = copied_seq(tcp);
+        let read = tcp::copied_seq(tcp);
         memory_barrier();
         // SAFETY: a field of a valid map value. The judge, on another CPU perhaps, moves it on before the bytes that it judged count as read.
         let judged = unsafe { (&raw const flow.next_byte_seq).read_volatile() };
-        read.wrapping_sub(judged) as i32 > 0 && rcv_nxt(tcp).wrapping_sub(judged) as i32 > 1
+        read.wrapping_sub(judged) as i32 > 0 && tcp::rcv_nxt(tcp).wrapping_sub(judged) as i32 > 1
     };
     flow.flags & FLOW_OBSERVE == 0 && ahead()
 }

@@ -2,7 +2,6 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
@@ -21,8 +20,9 @@ use super::hold;
 use super::punt::{self, Event, Handed};
 use super::recognise::{self, Head};
 use super::use_grant;
-use crate::kernel::{CtlCell, Skb, config, copied_seq, count, now_ns, observed, tcp_sock};
+use crate::kernel::{CtlCell, Skb, config, count, now_ns, observed};
 use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
+use crate::tcp;
 
 const _: () = assert!(MODE_OBSERVE >> 1 == FLOW_OBSERVE && MODE_ENFORCE >> 1 == 0);
 
@@ -77,7 +77,7 @@ fn judge(ctx: SkBuffContext) -> u32 {
     };
     // SAFETY: a valid map value. Only this program changes it while the flow is the kernel's, under the socket's lock.
     let flow = unsafe { &mut *flow };
-    let aligned = align(skb, flow);
+    let aligned = hold::align(skb, flow);
     let mut input = Input { skb, cookie, len: u64::from(skb.len()), unanswered: false, write_seq: 0 };
     flow.next_byte_seq = flow.next_byte_seq.wrapping_add(input.len as u32);
     if let Err(reason) = aligned {
@@ -110,24 +110,6 @@ fn judge(ctx: SkBuffContext) -> u32 {
         }
     };
     act(&input, flow, outcome)
-}
-
-/// Cuts off what the judge has seen already: segments may overlap, TCP leaves it to its readers to skip what they have, and its
-/// `read_skb` doesn't. If bytes are missing, or the server is further than the judge, it has read bytes unjudged.
-#[inline(never)]
-fn align(skb: Skb<'_>, flow: &Flow) -> Result<(), Counter> {
-    let Some(tcp) = tcp_sock(skb.ctx.as_ptr().cast()) else { return Err(Counter::DeadHelper) };
-    let repeated = flow.next_byte_seq.wrapping_sub(skb.first_byte_seq()) as i32;
-    let ahead = copied_seq(tcp).wrapping_sub(flow.next_byte_seq) as i32;
-    if repeated < 0 || ahead > 0 {
-        hold::hold(flow);
-        return Err(Counter::DeadUnjudged);
-    }
-    if repeated == 0 {
-        return Ok(());
-    }
-    count(Counter::OverlapCut);
-    skb.cut_front(repeated as u32).map_err(|_| Counter::DeadHelper)
 }
 
 #[inline(always)]
@@ -228,9 +210,8 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
 /// with a hand-back, because while the daemon owns the flow it alone knows where that is.
 #[inline(always)]
 fn look_for_answer(input: &mut Input<'_>, flow: &Flow) -> Result<(), Counter> {
-    let Some((write_seq, acknowledged_seq)) = input.skb.sequences() else {
-        return Err(Counter::DeadHelper);
-    };
+    let Some(tcp) = input.skb.tcp() else { return Err(Counter::DeadHelper) };
+    let (write_seq, acknowledged_seq) = tcp::sequences(tcp);
     input.unanswered = !answered(flow.requests == 0, flow.write_seq_mark, write_seq, acknowledged_seq);
     input.write_seq = write_seq;
     Ok(())
@@ -265,7 +246,7 @@ fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, cou
             Outcome::Punt(Counter::PuntReplyTooLong, 0)
         };
     }
-    if matches!(counter, Counter::Refused) && input.skb.server_blocks() {
+    if matches!(counter, Counter::Refused) && input.skb.tcp().is_none_or(tcp::server_blocks) {
         return Outcome::Punt(Counter::PuntBlockingServer, 0);
     }
     flow.refused += 1;

@@ -178,7 +178,7 @@ extern "C" fn verdict_of(digest: *const HeadDigest, out: *mut Verdict) -> u32 {
     unsafe {
         // A copy on this stack: 6.1 takes no other memory for a map's key.
         let digest = digest.read_volatile();
-        let Some(found) = VERDICTS.get_ptr(&digest) else { return 0 };
+        let Some(found) = VERDICTS.get_ptr(digest) else { return 0 };
         out.write(found.read_volatile());
         let lo = (&raw const (*found).digest.lo).read_volatile();
         let hi = (&raw const (*found).digest.hi).read_volatile();

@@ -18,8 +18,9 @@ use enforcer_common::flow::{Ctl, State};
 
 use super::hold;
 use super::punt::{self, Event};
-use crate::kernel::{CtlCell, config, count, now_ns, tcp_of};
+use crate::kernel::{CtlCell, config, count, now_ns};
 use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
+use crate::tcp;
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
@@ -139,7 +140,7 @@ fn find_out(ctx: &SockOpsContext) {
     if sk.is_null() {
         return;
     }
-    let Some(tcp) = tcp_of(sk.cast()) else { return };
+    let Some(tcp) = tcp::of(sk.cast()) else { return };
     // SAFETY: a valid map value, which only this program removes.
     let flow = unsafe { &mut *flow };
     if hold::reads_past(tcp, flow) {

@@ -245,7 +245,7 @@ impl GrantTable {
         self.by_deadline.first_key_value().is_some_and(|((deadline_ns, _), _)| over(*deadline_ns, now))
     }
 
-    /// Whether fewer slots than [`RESERVED_SLOTS`] are free.
+    /// Whether fewer slots than `RESERVED_SLOTS` are free.
     #[must_use]
     pub fn is_short(&self) -> bool {
         self.by_deadline.len() > MAX_GRANTS as usize - RESERVED_SLOTS
