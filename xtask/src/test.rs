@@ -124,7 +124,8 @@ impl<'a> Session<'a> {
         }
         let mut command = self.cargo_test(selection);
         if !self.options.filters.is_empty() {
-            command.arg("--").args(&self.options.filters);
+            // Some print what they measured, which is what one asks for who names them.
+            command.args(["--", "--show-output"]).args(&self.options.filters);
         }
         let outcome = run_bounded(&mut command, limit)?;
         let tally = tally_step(outcome.lines.iter().map(String::as_str), outcome.success);
