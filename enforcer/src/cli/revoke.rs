@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{ArgGroup, Args};
 use enforcer_common::abi::{
-    Ends, MAX_REVOCATIONS, NameHash, REVOCATION_NEXT_ID, REVOCATION_TOKEN_LIFE_SECS, REVOKE_CLIENT,
-    REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKED_BY_OPERATOR, Revocation, Text,
-    grant_slot, text, text_str,
+    Ends, MAX_REVOCATIONS, MODE_OBSERVE, NameHash, REVOCATION_NEXT_ID, REVOCATION_TOKEN_LIFE_SECS,
+    REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKED_BY_OPERATOR,
+    Revocation, Text, grant_slot, text, text_str,
 };
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ use super::view::revocations::selection;
 use super::{Global, live};
 use crate::core::{Stream, must_end};
 use crate::datapath::{Live, LiveError, SocketDestroyer};
-use crate::policy::MAX_LEEWAY_SECS;
+use crate::policy::{MAX_LEEWAY_SECS, Mode};
 use crate::revocation::store::{Recorded, StateDir, StateLock, parse_hex};
 use crate::revocation::{Revocations, is_over, name_hash, selects};
 
@@ -381,6 +381,7 @@ fn close(live: &Live, revoked: &BTreeSet<u64>, now_unix_secs: u64) -> anyhow::Re
         return Ok(0);
     }
     let revoked: Vec<u64> = revoked.iter().copied().collect();
+    let mode = if live.configuration()?.mode == MODE_OBSERVE { Mode::Observe } else { Mode::Enforce };
     let mut destroyer = SocketDestroyer::default();
     let mut closed = BTreeSet::new();
     let mut error = None;
@@ -390,7 +391,7 @@ fn close(live: &Live, revoked: &BTreeSet<u64>, now_unix_secs: u64) -> anyhow::Re
         }
         let mut ends = Vec::new();
         live.each_flow(&mut |cookie, flow| {
-            let must = Stream::of(cookie, flow).and_then(|stream| {
+            let must = Stream::of(cookie, flow, mode).and_then(|stream| {
                 let grant = |serial| live.grants.get(&grant_slot(serial), 0).ok();
                 must_end(&stream, now_unix_secs, &revoked, grant)
             });

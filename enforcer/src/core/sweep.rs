@@ -10,6 +10,7 @@ use enforcer_common::abi::{FLOW_GRANTS, FLOW_OBSERVE, Flow, Grant, grant_bit, gr
 use tracing::{info, warn};
 
 use super::{Datapath, GrantTable, Now};
+use crate::policy::Mode;
 
 /// How often flows are looked through without a reason.
 const SELDOM_NS: u64 = 10_000_000_000;
@@ -28,6 +29,8 @@ pub enum StreamEnd {
     Expired,
     /// It names a grant that does not exist.
     GrantGone,
+    /// It comes from observe mode, and the policy enforces now: nobody refused what was sent on it.
+    Observed,
     /// It used so many tokens that grants are kept on its account, and slots are short.
     GrantsShort,
 }
@@ -40,6 +43,7 @@ impl StreamEnd {
             Self::Revoked => "stream-revoked",
             Self::Expired => "stream-expired",
             Self::GrantGone => "stream-grant-gone",
+            Self::Observed => "stream-observed",
             Self::GrantsShort => "stream-grants-short",
         }
     }
@@ -56,17 +60,26 @@ pub struct Stream {
     pub grants: [u64; FLOW_GRANTS],
     /// Bits of those before them.
     pub evicted_grants: u64,
+    /// Nothing was refused on it, and now something would be.
+    pub observed: bool,
 }
 
 impl Stream {
-    /// Of a flow; `None`: nothing on it ever needs to end, as no grant was used, or nothing is refused (observe mode).
+    /// Of a flow, with the mode in force; `None`: nothing on it needs to end, as no grant was used, or nothing is refused.
     #[must_use]
-    pub fn of(cookie: u64, flow: &Flow) -> Option<Self> {
-        (flow.grants[0] != 0 && flow.flags & FLOW_OBSERVE == 0).then_some(Self {
+    pub fn of(cookie: u64, flow: &Flow, mode: Mode) -> Option<Self> {
+        // The flag says that nothing was judged since: a head that is takes on the mode in force.
+        let observed = flow.flags & FLOW_OBSERVE != 0;
+        let may_end = match mode {
+            Mode::Enforce => observed || flow.grants[0] != 0,
+            Mode::Observe => !observed && flow.grants[0] != 0,
+        };
+        may_end.then_some(Self {
             cookie,
             netns_cookie: flow.netns_cookie,
             grants: flow.grants,
             evicted_grants: flow.evicted_grants,
+            observed,
         })
     }
 }
@@ -85,6 +98,9 @@ pub fn must_end(
     newly_revoked: &[u64],
     mut grant: impl FnMut(u64) -> Option<Grant>,
 ) -> Option<StreamEnd> {
+    if stream.observed {
+        return Some(StreamEnd::Observed);
+    }
     let mut last_principal = None;
     for (age, serial) in stream.grants.iter().copied().take_while(|serial| *serial != 0).enumerate() {
         let Some(grant) = grant(serial).filter(|grant| grant.serial == serial) else {
@@ -122,8 +138,8 @@ impl Sweeper {
         self.often_until_ns = now.boot_ns.saturating_add(OFTEN_FOR_NS);
     }
 
-    /// One tick.
-    pub fn tick<D: Datapath>(&mut self, now: Now, grants: &mut GrantTable, datapath: &mut D) {
+    /// One tick, with the mode in force.
+    pub fn tick<D: Datapath>(&mut self, now: Now, mode: Mode, grants: &mut GrantTable, datapath: &mut D) {
         if grants.some_token_ended(now) {
             self.wake(now);
         }
@@ -134,7 +150,7 @@ impl Sweeper {
         self.next_ns = now.boot_ns.saturating_add(SELDOM_NS);
         self.next_free_ns = now.boot_ns.saturating_add(FREE_NS);
         let mut streams = Vec::new();
-        let all = datapath.flows(&mut |cookie, flow| streams.extend(Stream::of(cookie, flow)));
+        let all = datapath.flows(&mut |cookie, flow| streams.extend(Stream::of(cookie, flow, mode)));
         streams.sort_unstable_by_key(|stream| stream.cookie);
         streams.dedup_by_key(|stream| stream.cookie);
         self.end(&streams, now, grants, datapath);

@@ -32,7 +32,7 @@ fn grant(number: u64, principal_id: u64, ends_at_unix_secs: u64, revoked: u32) -
 fn end(used: &[Grant]) -> Option<StreamEnd> {
     let mut grants = [0; FLOW_GRANTS];
     grants.iter_mut().zip(used).for_each(|(to, grant)| *to = grant.serial);
-    let stream = Stream::of(7, &flow(grants))?;
+    let stream = Stream::of(7, &flow(grants), Mode::Enforce)?;
     must_end(&stream, NOW, &[], |serial| used.iter().find(|grant| grant.serial == serial).copied())
 }
 
@@ -57,12 +57,26 @@ fn an_earlier_token_counts_when_it_is_revoked_or_somebody_elses() {
 
 #[test]
 fn a_grant_that_is_gone_or_another_in_its_slot_is_no_licence() {
-    let stream = Stream::of(7, &flow([grant_serial(5, 5), 0, 0, 0])).unwrap();
+    let stream = Stream::of(7, &flow([grant_serial(5, 5), 0, 0, 0]), Mode::Enforce).unwrap();
     assert_eq!(must_end(&stream, NOW, &[], |_| None), Some(StreamEnd::GrantGone));
     let later = Grant { serial: grant_serial(6, 5), ..grant(5, 1, GOOD, 0) };
     assert_eq!(must_end(&stream, NOW, &[], |_| Some(later)), Some(StreamEnd::GrantGone));
     let free = Grant { serial: 0, ..later };
     assert_eq!(must_end(&stream, NOW, &[], |_| Some(free)), Some(StreamEnd::GrantGone));
+}
+
+#[test]
+fn what_was_observed_ends_when_the_policy_enforces() {
+    for grants in [[0; FLOW_GRANTS], [grant_serial(1, 1), 0, 0, 0]] {
+        let observed = Flow { flags: FLOW_OBSERVE, ..flow(grants) };
+        assert_eq!(Stream::of(7, &observed, Mode::Observe), None);
+        let stream = Stream::of(7, &observed, Mode::Enforce).unwrap();
+        let end = must_end(&stream, NOW, &[], |_| Some(grant(1, 1, GOOD, 0)));
+        assert_eq!(end, Some(StreamEnd::Observed));
+        // Judged since, or accepted under an enforcing policy: as ever, whatever is in force now.
+        let judged = |mode| Stream::of(7, &flow(grants), mode).is_some();
+        assert_eq!([judged(Mode::Observe), judged(Mode::Enforce)], [grants[0] != 0; 2]);
+    }
 }
 
 #[test]
@@ -72,7 +86,7 @@ fn a_connection_of_many_tokens_ends_when_one_of_them_may_be_revoked() {
     for grant in &used {
         enforcer_common::flow::use_grant(&mut flow.grants, &mut flow.evicted_grants, grant.serial);
     }
-    let stream = Stream::of(7, &flow).unwrap();
+    let stream = Stream::of(7, &flow, Mode::Enforce).unwrap();
     let end = |revoked: u64| {
         must_end(&stream, NOW, &[grant_serial(revoked, 0)], |serial| {
             used.iter().find(|grant| grant.serial == serial).copied()

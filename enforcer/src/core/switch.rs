@@ -151,6 +151,7 @@ impl Engine {
     ) -> Result<Consequences, D::Error> {
         self.generation = generation;
         self.endpoints = next.transition.endpoints().clone();
+        self.mode = next.transition.mode();
         // The sweep ends what a request that passed just now leaves behind.
         self.sweeper.wake(now);
         let mut ends = Vec::new();

@@ -14,6 +14,7 @@ use enforcer_common::head;
 use super::sweep::tests as sweep_tests;
 use super::*;
 use crate::keys::KeySnapshot;
+use crate::policy::Mode;
 use crate::revocation::Revocations;
 use crate::revocation::tests::revocation;
 use crate::token::Fingerprinter;
@@ -200,7 +201,12 @@ impl Bench {
         };
         let secrets = Secrets { digest: key.clone(), fingerprint: Fingerprinter::new([1; 32]) };
         Self {
-            engine: Engine::new(Endpoints(BTreeMap::from([(0, endpoint)])), GENERATION, 100, secrets),
+            engine: Engine::new(
+                (Endpoints(BTreeMap::from([(0, endpoint)])), Mode::Enforce),
+                GENERATION,
+                100,
+                secrets,
+            ),
             fake: Fake::default(),
             keys: world.keys(),
             token: world.token(),

@@ -66,7 +66,7 @@ pub struct Transition {
     new: Endpoints,
     /// The old policy's servers, and what became of them.
     servers: BTreeMap<u32, Fate>,
-    enforces_now: bool,
+    new_mode: Mode,
 }
 
 #[derive(Debug)]
@@ -76,9 +76,9 @@ struct Fate {
 }
 
 impl Transition {
-    /// From the old endpoints and mode to the new ones.
+    /// From the old endpoints to the new ones, and the new mode.
     #[must_use]
-    pub fn new((old, old_mode): (Endpoints, Mode), (new, new_mode): (Endpoints, Mode)) -> Self {
+    pub fn new(old: Endpoints, (new, new_mode): (Endpoints, Mode)) -> Self {
         let new_servers = new.servers();
         let fate = |(id, old): (u32, Arc<Server>)| {
             let new = match new_servers.get(&id) {
@@ -88,7 +88,13 @@ impl Transition {
             (id, Fate { old, new })
         };
         let servers = old.servers().into_iter().map(fate).collect();
-        Self { old, new, servers, enforces_now: old_mode == Mode::Observe && new_mode == Mode::Enforce }
+        Self { old, new, servers, new_mode }
+    }
+
+    /// The new policy's mode.
+    #[must_use]
+    pub const fn mode(&self) -> Mode {
+        self.new_mode
     }
 
     /// The new policy's endpoints.
@@ -158,7 +164,7 @@ impl Transition {
         grants: impl IntoIterator<Item = (u32, Result<(), Loss>)>,
     ) -> Result<(), Loss> {
         let endpoint = self.new.0.get(&flow.endpoint_id).ok_or(Loss::EndpointRemoved)?;
-        if self.enforces_now && flow.flags & FLOW_OBSERVE != 0 {
+        if self.new_mode == Mode::Enforce && flow.flags & FLOW_OBSERVE != 0 {
             return Err(Loss::Observed);
         }
         for (server_id, holds) in grants {

@@ -94,7 +94,7 @@ pub(super) fn adopt(
         Secrets { digest: Box::new(maps.digest_key()?), fingerprint: Fingerprinter::new(fingerprint_key) };
     let numbers = numbers(&maps)?.next(policy)?;
     let endpoints = Endpoints::of(policy, &numbers);
-    let mut engine = Engine::new(endpoints, config.generation, now.boot_ns, secrets);
+    let mut engine = Engine::new((endpoints, policy.mode), config.generation, now.boot_ns, secrets);
     engine.replies().adopt((0..MAX_REPLIES).map_while(|id| maps.reply(id).ok()));
     let grants = grants(&maps)?;
     let mut kernel = Kernel::new(maps, injectors)?;

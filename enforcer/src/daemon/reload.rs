@@ -20,7 +20,7 @@ use crate::control::{Report, Request, Response};
 use crate::core::{Claims, Consequences, Endpoints, Engine, Judged, Next, Transition};
 use crate::keys::KeyManagerHandle;
 use crate::lifecycle::lock::{DaemonLock, ReloadRecord};
-use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyErrors, PolicyText, Warning};
+use crate::policy::{self, Policy, PolicyDiff, PolicyErrors, PolicyText, Warning};
 use crate::revocation::store::{StateDir, StateError};
 
 /// How long a new policy waits for the keys of its issuers. Then it is in force all the same, as at the start.
@@ -411,8 +411,7 @@ pub(super) fn build(
     let diff = PolicyDiff::between(&old.policy, &policy);
     let numbers = old.numbers.next(&policy).map_err(|error| ReloadError::Failed(error.into()))?;
     let endpoints = Endpoints::of(&policy, &numbers);
-    let modes: (Mode, Mode) = (old.policy.mode, policy.mode);
-    let transition = Transition::new((old.endpoints, modes.0), (endpoints, modes.1));
+    let transition = Transition::new(old.endpoints, (endpoints, policy.mode));
     let mut next = Next { transition, judged: Judged::new() };
     next.judge(&old.claims, &keys.snapshot(), now().unix_secs);
     let warnings = warnings.iter().map(ToString::to_string).chain(missing).collect();

@@ -57,7 +57,7 @@ pub(super) fn load(
     let generation = now_ns;
     let numbers = Numbers::default().next(policy)?;
     let endpoints = Endpoints::of(policy, &numbers);
-    let mut engine = Engine::new(endpoints, generation, now_ns, secrets);
+    let mut engine = Engine::new((endpoints, policy.mode), generation, now_ns, secrets);
     let mut kernel = Kernel::new(maps, injectors)?;
     write_labels(policy, &numbers, &mut kernel)?;
     write_endpoints(&numbers, &mut engine, &mut kernel)?;

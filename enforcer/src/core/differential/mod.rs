@@ -26,7 +26,7 @@ use super::tests::Fake;
 use super::{EndpointPolicy, Endpoints, Engine, Now, Secrets};
 use crate::http::head::{find_head_end, parse_head};
 use crate::keys::KeySnapshot;
-use crate::policy::Server;
+use crate::policy::{Mode, Server};
 use crate::token::Fingerprinter;
 use crate::token::testing::{NOW, World};
 use generate::Random;
@@ -82,7 +82,7 @@ impl Bench {
         let key = Box::new(DigestKey { words });
         let secrets = Secrets { digest: key.clone(), fingerprint: Fingerprinter::new([1; 32]) };
         Self {
-            engine: Engine::new(Endpoints(BTreeMap::from([(0, endpoint)])), 1, 1, secrets),
+            engine: Engine::new((Endpoints(BTreeMap::from([(0, endpoint)])), Mode::Enforce), 1, 1, secrets),
             fake: Fake::default(),
             keys: world.keys(),
             token: world.token(),

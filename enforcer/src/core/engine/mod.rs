@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use crate::authz::KeyLookup;
 use crate::keys::KeySnapshot;
+use crate::policy::Mode;
 use crate::token::Fingerprinter;
 
 use super::{Datapath, Endpoints, GrantTable, HandBack, Now, ReplyTable, Revoked, Sweeper};
@@ -96,6 +97,7 @@ pub struct Secrets {
 #[cfg_attr(test, derive(Clone))]
 pub struct Engine {
     pub(super) endpoints: Endpoints,
+    pub(super) mode: Mode,
     pub(super) generation: u64,
     secrets: Secrets,
     pub(super) grants: GrantTable,
@@ -114,11 +116,17 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine for a policy's endpoints.
+    /// An engine for a policy's endpoints and mode.
     #[must_use]
-    pub fn new(endpoints: Endpoints, generation: u64, first_serial: u64, secrets: Secrets) -> Self {
+    pub fn new(
+        (endpoints, mode): (Endpoints, Mode),
+        generation: u64,
+        first_serial: u64,
+        secrets: Secrets,
+    ) -> Self {
         Self {
             endpoints,
+            mode,
             generation,
             secrets,
             grants: GrantTable::new(first_serial),
@@ -289,7 +297,7 @@ impl Engine {
             }
         }
         self.look_for_revocations(now, datapath);
-        self.sweeper.tick(now, &mut self.grants, datapath);
+        self.sweeper.tick(now, self.mode, &mut self.grants, datapath);
         self.log.refill();
         if now.boot_ns >= self.next_sweep_ns {
             self.next_sweep_ns = now.boot_ns + SWEEP_NS;

@@ -16,6 +16,7 @@ use super::search::Choices;
 use crate::core::{EndpointPolicy, Endpoints, Engine, KeyRequest, Now, Orphan, Secrets};
 use crate::http::answer;
 use crate::keys::KeySnapshot;
+use crate::policy::Mode;
 use crate::token::Fingerprinter;
 use crate::token::testing::{NOW, World as Issuer};
 
@@ -57,7 +58,7 @@ impl Setting {
 
     fn engine(&self) -> Engine {
         let secrets = Secrets { digest: self.key.clone(), fingerprint: Fingerprinter::new([1; 32]) };
-        Engine::new(self.endpoints.clone(), GENERATION, 100, secrets)
+        Engine::new((self.endpoints.clone(), Mode::Enforce), GENERATION, 100, secrets)
     }
 }
 

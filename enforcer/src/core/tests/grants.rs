@@ -84,6 +84,7 @@ fn the_streams_of_an_ended_token_end_at_the_next_tick_and_no_others() {
         (2, sweep_tests::flow([0; 4])),
         (3, observed),
     ]);
+    bench.engine.mode = Mode::Observe;
     bench.now.unix_secs = grant.ends_at_unix_secs - 1;
     bench.now.boot_ns += 1;
     bench.engine.tick(bench.now, &mut bench.fake);

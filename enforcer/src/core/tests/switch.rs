@@ -1,7 +1,7 @@
 //! Switches to another policy.
 
 use super::*;
-use crate::policy::{Mode, Server};
+use crate::policy::Server;
 use crate::token::testing::RESOURCE;
 
 const NEXT: u64 = GENERATION + 1;
@@ -20,13 +20,13 @@ impl Bench {
         self.fake.flows.insert(COOKIE, flow);
     }
 
-    fn next(&self, new: Endpoints, (old_mode, new_mode): (Mode, Mode)) -> Next {
-        let transition = Transition::new((self.engine.endpoints().clone(), old_mode), (new, new_mode));
+    fn next(&self, new: Endpoints, mode: Mode) -> Next {
+        let transition = Transition::new(self.engine.endpoints().clone(), (new, mode));
         Next { transition, judged: Judged::new() }
     }
 
-    fn switch(&mut self, new: Endpoints, modes: (Mode, Mode)) -> Consequences {
-        let next = self.next(new, modes);
+    fn switch(&mut self, new: Endpoints, mode: Mode) -> Consequences {
+        let next = self.next(new, mode);
         let foreseen = self.engine.consequences(&next, &self.keys, self.now, &mut self.fake).unwrap();
         let all = self.engine.carry(&next, NEXT, &self.keys, self.now, &mut self.fake).unwrap();
         let came = self.engine.switch(&next, &all, NEXT, self.now, &mut self.fake).unwrap();
@@ -38,7 +38,7 @@ impl Bench {
     fn change(&mut self, change: impl FnOnce(&mut Server)) -> Consequences {
         let mut server = (*self.engine.endpoints().servers()[&0]).clone();
         change(&mut server);
-        self.switch(endpoints(&[(0, &server)]), (Mode::Enforce, Mode::Enforce))
+        self.switch(endpoints(&[(0, &server)]), Mode::Enforce)
     }
 }
 
@@ -118,14 +118,14 @@ fn connections_of_an_endpoint_that_is_gone_end_wherever_they_are() {
     let mut bench = Bench::new();
     bench.punt(b"POST /mcp HT", 0, 0);
     bench.fake.flows.insert(COOKIE, sweep_tests::flow([0; 4]));
-    let came = bench.switch(Endpoints::default(), (Mode::Enforce, Mode::Enforce));
+    let came = bench.switch(Endpoints::default(), Mode::Enforce);
     assert_eq!(came.losses, loss("endpoint-removed", 0, 1));
     assert!(bench.fake.destroyed.contains(&COOKIE));
     bench.punt(b"TP/1.1\r\n\r\n", 0, 0);
     assert!(bench.fake.server.is_empty() && bench.fake.client.is_empty());
     // One that was accepted just then and not seen.
     let mut bench = Bench::new();
-    bench.switch(Endpoints::default(), (Mode::Enforce, Mode::Enforce));
+    bench.switch(Endpoints::default(), Mode::Enforce);
     let request = bench.good("", "");
     bench.punt(request.as_bytes(), 0, 0);
     assert!(bench.fake.server.is_empty() && bench.fake.destroyed.contains(&COOKIE));
@@ -138,15 +138,23 @@ fn enforcing_ends_what_was_only_observed() {
     bench.punt(&Bench::refused(10, "abc").into_bytes(), PUNT_OBSERVED, 0);
     bench.kernel_flow(enforcer_common::abi::FLOW_OBSERVE);
     let same = bench.engine.endpoints().clone();
-    let came = bench.switch(same.clone(), (Mode::Enforce, Mode::Observe));
+    let came = bench.switch(same.clone(), Mode::Observe);
     assert!(came.losses.is_empty());
-    let came = bench.switch(same, (Mode::Observe, Mode::Enforce));
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert!(bench.fake.destroyed.is_empty());
+    let came = bench.switch(same, Mode::Enforce);
     assert_eq!(came.losses, loss("observed", 0, 1));
     assert!(bench.fake.destroyed.contains(&COOKIE));
     let backs = bench.fake.backs.len();
     bench.punt(b"defghij", PUNT_OBSERVED, 0);
     // It is never let go.
     assert!(bench.fake.backs[backs..].iter().all(|(_, to)| to.ctl.state() == State::Dead as u64));
+    // One that read the mode just before, and was noted just after.
+    bench.fake.destroyed.clear();
+    let late = Flow { flags: enforcer_common::abi::FLOW_OBSERVE, ..sweep_tests::flow([0; 4]) };
+    bench.fake.flows.insert(99, late);
+    bench.engine.tick(bench.now, &mut bench.fake);
+    assert!(bench.fake.destroyed.contains(&99));
 }
 
 #[test]
