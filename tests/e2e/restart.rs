@@ -7,12 +7,13 @@ mod maps;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::{Guarded, GuardedBuilder, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::{Deadline, wait_until};
+use enforcer_tests::guard::{Deadline, NetNs, wait_until};
 use enforcer_tests::issuer::{Alg, Issuer};
 use enforcer_tests::raw::{Connection, RequestBuilder};
 use enforcer_tests::recorder::{Config, RemoteRecorder};
@@ -345,6 +346,31 @@ fn killed_at_any_moment_of_such_a_start_nothing_is_open() -> Result<()> {
     guarded.enforcement.launch()?;
     refused_unread(&guarded, "a")?;
     assert_eq!(guarded.enforcement.leftover_pins(), [guarded.enforcement.pins()]);
+    Ok(())
+}
+
+#[test]
+fn what_was_observed_in_another_namespace_ends_before_keys_come() -> Result<()> {
+    let _deadline = Deadline::new("restart: another namespace", LIMIT);
+    let netns = Arc::new(NetNs::new("rs-netns")?);
+    let mut guarded = kept("rs-netns").observing().recorder(endless()).netns(&netns).start()?;
+    let bare = guarded.call(None).build();
+    let mut stream = open_stream(netns.run(|| Connection::open(guarded.addr(), TIMEOUT))??, &bare)?;
+    guarded.enforcement.kill9()?;
+    // Its keys never come, so the start waits for them as long as it ever does.
+    let issuer = Issuer::new("https://slow.example.com", Alg::Es256)?;
+    let silent = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let url = format!("http://{}/jwks", silent.local_addr()?);
+    let slow = IssuerSpec::from_url("slow", &issuer, &url).with("allow_http_loopback", true);
+    let issuers = vec![IssuerSpec::from_file("corp", &guarded.issuer), slow];
+    let server = tools(&guarded).with("issuers", json!(["corp", "slow"]));
+    guarded.enforcement.write_policy(&PolicySpec::new(issuers, vec![server]))?;
+    let mut daemon = guarded.enforcement.spawn_daemon()?;
+    daemon.wait_for_line("policy changed", TIMEOUT)?;
+    ends(&mut stream)?;
+    let log = daemon.stderr();
+    ensure!(!log.contains("no keys yet") && !log.contains("daemon: ready"), "{log}");
+    daemon.kill()?;
     Ok(())
 }
 

@@ -351,7 +351,14 @@ async fn wait_for_keys(
             _ = heartbeat.tick() => {
                 kernel.heartbeat(now().boot_ns)?;
                 engine.tick(now(), kernel);
+                kernel.destroy_due();
             }
+            // What the policy does not allow ends now, and not when issuers please to answer.
+            searched = kernel.searched() => {
+                kernel.take_searched(searched);
+                kernel.destroy_due();
+            }
+            () = std::future::ready(()), if kernel.has_due() => kernel.destroy_due(),
         }
     };
     if !complete {
