@@ -7,13 +7,14 @@ mod maps;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::{Guarded, GuardedBuilder, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::{Deadline, NetNs, wait_until};
+use enforcer_tests::guard::{Deadline, NetNs, Proc, spawn_in, wait_until};
 use enforcer_tests::issuer::{Alg, Issuer};
 use enforcer_tests::raw::{Connection, RequestBuilder};
 use enforcer_tests::recorder::{Config, RemoteRecorder};
@@ -371,6 +372,76 @@ fn what_was_observed_in_another_namespace_ends_before_keys_come() -> Result<()> 
     let log = daemon.stderr();
     ensure!(!log.contains("no keys yet") && !log.contains("daemon: ready"), "{log}");
     daemon.kill()?;
+    Ok(())
+}
+
+/// Accepts one connection, leaves its network namespace for that of another process, and answers with a stream.
+const LEAVING_SERVER: &str = "
+import ctypes, os, socket, sys, time
+host, port, elsewhere = sys.argv[1:]
+listener = socket.create_server((host, int(port)))
+print('listening', flush=True)
+connection, _ = listener.accept()
+namespace = os.open(f'/proc/{elsewhere}/ns/net', os.O_RDONLY)
+CLONE_NEWNET = 0x40000000
+if ctypes.CDLL(None).setns(namespace, CLONE_NEWNET) != 0:
+    sys.exit('setns')
+connection.recv(65536)
+connection.sendall(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n')
+while True:
+    connection.sendall(b': event\\n\\n')
+    time.sleep(0.02)
+";
+
+/// Whom the policy does not allow any more can't be told by a path that is public no more: the daemon that changed the policy knows it.
+#[test]
+fn who_is_killed_before_all_has_ended_is_taken_over() -> Result<()> {
+    let _deadline = Deadline::new("restart: not ended", LIMIT);
+    for killed in [true, false] {
+        let name = format!("rs-lost-{killed}");
+        let mut guarded = kept(&name).server("public_paths", json!(["/healthz"])).start()?;
+        let (netns, addr) = (NetNs::new(&name)?, guarded.addr());
+        let mut command = Command::new("python3");
+        command.args(["-c", LEAVING_SERVER, &addr.ip().to_string(), &addr.port().to_string()]);
+        command.arg(std::process::id().to_string());
+        netns.place(&mut command)?;
+        let mut server = spawn_in(guarded.enforcement.cgroup(), "leaving-server", command)?;
+        server.wait_for_line("listening", TIMEOUT)?;
+        let public = RequestBuilder::new("GET", "/healthz").header("Host", &guarded.host()).build();
+        let mut stream = open_stream(netns.run(|| Connection::open(addr, TIMEOUT))??, &public)?;
+        let next = policy(&guarded, vec![tools(&guarded)]);
+        if killed {
+            restart(&mut guarded, true, &next)?;
+        } else {
+            guarded.enforcement.write_policy(&next)?;
+            guarded.enforcement.cli_json(&["reload"])?;
+        }
+        assert_eq!(guarded.enforcement.reason("public-path-removed")?, 1);
+        wait_until("its namespace was searched in vain", TIMEOUT, || {
+            (guarded.enforcement.reason("netns-not-found").ok()? >= 1).then_some(())
+        })?;
+        flows_on(&mut stream)?;
+        if killed {
+            guarded.enforcement.kill9()?;
+        }
+        // Somebody comes to live there.
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        netns.place(&mut command)?;
+        let _there = Proc::spawn("sleep", command)?;
+        if !killed {
+            ends(&mut stream)?;
+            // The daemon has turned to other work since.
+            assert_eq!(status(&guarded, &guarded.call(None).build())?, 401);
+            guarded.enforcement.kill9()?;
+        }
+        guarded.enforcement.launch()?;
+        ends(&mut stream)?;
+        let log = guarded.enforcement.log()?;
+        assert_eq!(log.contains("taking over"), killed, "{log}");
+        assert_eq!(log.contains("switch_policy=false"), !killed, "{log}");
+        assert_eq!(status(&guarded, &guarded.call(None).build())?, 401);
+    }
     Ok(())
 }
 

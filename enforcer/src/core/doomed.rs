@@ -56,6 +56,17 @@ impl DoomedQueue {
         !full
     }
 
+    /// Those that have a flow record.
+    pub fn flows(&self) -> impl Iterator<Item = u64> {
+        self.by_cookie.values().filter(|(_, doomed)| doomed.stray.is_none()).map(|(_, doomed)| doomed.cookie)
+    }
+
+    /// Whether this one still waits. One that was taken out and not given back does not.
+    #[must_use]
+    pub fn contains(&self, cookie: u64) -> bool {
+        self.by_cookie.contains_key(&cookie)
+    }
+
     fn put(&mut self, when_ns: u64, doomed: Doomed) {
         self.by_time.insert((when_ns, doomed.cookie));
         self.by_cookie.insert(doomed.cookie, (when_ns, doomed));
@@ -147,6 +158,18 @@ mod tests {
             assert!(queue.again(0, doomed));
             doomed = queue.next_due(AGAIN_NS).unwrap();
         }
+    }
+
+    #[test]
+    fn it_is_told_who_still_waits() {
+        let mut queue = DoomedQueue::default();
+        assert!(queue.add(0, flow(1)) && queue.add(0, stray(2)) && queue.add(5, flow(3)));
+        let mut flows: Vec<u64> = queue.flows().collect();
+        flows.sort_unstable();
+        assert_eq!(flows, [1, 3]);
+        let doomed = queue.next_due(0).unwrap();
+        assert!(!queue.contains(1) && queue.contains(3));
+        assert!(queue.again(0, doomed) && queue.contains(1));
     }
 
     #[test]

@@ -120,12 +120,13 @@ pub(super) fn switch(
         }
         revocations.keep_policy(text, policy_hash);
     });
-    if let Err(error) = kernel.maps().set_daemon_state(&DaemonState { policy_hash, ..state }) {
-        warn!(%error, "the next daemon will not know the policy, and closes the open connections");
-    }
+    kernel.name_policy(consequences.is_ok().then_some(policy_hash));
     *in_force = new;
     consequences.or_else(|error| {
-        warn!(%error, "not all connections could be looked through; those of lost tokens are ended by the sweep");
+        warn!(
+            %error,
+            "not all connections could be looked through; those of lost tokens are ended by the sweep, and a start closes all"
+        );
         Ok(Consequences::default())
     })
 }

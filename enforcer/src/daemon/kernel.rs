@@ -1,10 +1,12 @@
 //! The core's [`Datapath`] on the real kernel.
 
+use std::collections::BTreeSet;
+
 use aya::maps::MapError;
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{
-    Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, MAX_FLOWS, REVOCATION_EPOCH,
-    REVOCATION_GRANT_SLOTS, Reply, Verdict,
+    DaemonState, Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, MAX_FLOWS,
+    REVOCATION_EPOCH, REVOCATION_GRANT_SLOTS, Reply, Verdict,
 };
 use enforcer_common::flow::Ctl;
 use tracing::{debug, error, warn};
@@ -48,6 +50,14 @@ pub(super) struct Kernel {
     /// What keeps the programs attached even if their pins are deleted.
     links: Vec<PinnedLink>,
     doomed: DoomedQueue,
+    unsettled: Option<Unsettled>,
+}
+
+/// A policy that the maps do not name yet.
+struct Unsettled {
+    policy_hash: [u8; 32],
+    /// Connections that were doomed when it came into force, and have not been seen gone.
+    ends: BTreeSet<u64>,
 }
 
 impl Kernel {
@@ -62,6 +72,7 @@ impl Kernel {
             draining: false,
             links: Vec::new(),
             doomed: DoomedQueue::default(),
+            unsettled: None,
         })
     }
 
@@ -92,8 +103,38 @@ impl Kernel {
         self.doomed.is_due(super::now().boot_ns)
     }
 
+    /// The maps are filled by another policy, and name it once all connections that are doomed now are gone: which those are, and why,
+    /// no later daemon could tell, so one that finds no name takes over, and closes them. `None`: they name none.
+    pub(super) fn name_policy(&mut self, policy_hash: Option<[u8; 32]>) {
+        let ends = self.doomed.flows().collect();
+        self.unsettled = policy_hash.map(|policy_hash| Unsettled { policy_hash, ends });
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        let Some(Unsettled { policy_hash, ends }) = &mut self.unsettled else { return };
+        while let Some(first) = ends.first() {
+            if self.doomed.contains(*first) {
+                return;
+            }
+            ends.pop_first();
+        }
+        let policy_hash = *policy_hash;
+        self.unsettled = None;
+        let state = self.maps.daemon_state();
+        let named = state.and_then(|state| self.maps.set_daemon_state(&DaemonState { policy_hash, ..state }));
+        if let Err(error) = named {
+            warn!(%error, "the next daemon will not know the policy, and closes the open connections");
+        }
+    }
+
     /// Destroys connections whose time has come, as many as may be without a pause. Searches for nothing.
     pub(super) fn destroy_due(&mut self) {
+        self.destroy_batch();
+        self.settle();
+    }
+
+    fn destroy_batch(&mut self) {
         let now_ns = super::now().boot_ns;
         for _ in 0..DESTROY_BATCH {
             let Some(doomed) = self.doomed.next_due(now_ns) else { return };
