@@ -292,27 +292,45 @@ fn without_the_record_of_the_former_policy_its_connections_are_closed() -> Resul
     Ok(())
 }
 
-/// An upgrade: the maps were filled by a program that has another hash for the same policy, and other kernel programs.
+/// An upgrade: the maps were filled by a program that has another hash for the same policy, and other kernel programs. What else it
+/// recorded of itself is `differs`.
+fn upgrade(guarded: &mut Guarded, differs: &[(&str, Value)]) -> Result<()> {
+    let record = guarded.enforcement.state_dir().join("policy.json");
+    guarded.enforcement.kill9()?;
+    let mut document: Value = serde_json::from_slice(&fs::read(&record)?)?;
+    document["recorded"]["policy_hash"] = json!(vec![7_u8; 32]);
+    for (field, value) in differs {
+        ensure!(document["recorded"].get(field).is_some(), "no {field} is recorded");
+        document["recorded"][field] = value.clone();
+    }
+    fs::write(&record, document.to_string())?;
+    let state = PinnedMap::open(&guarded.enforcement.pins().join("DAEMON_STATE"))?;
+    // `DaemonState`: the key of the fingerprints, then the hashes of policy and programs.
+    state.change(&0_u32.to_ne_bytes(), |value| value[32..96].fill(7))?;
+    guarded.enforcement.launch()
+}
+
 #[test]
 fn a_program_of_another_version_decides_anew_and_streams_go_on() -> Result<()> {
     let _deadline = Deadline::new("restart: version", LIMIT);
     let mut guarded = kept("rs-version").recorder(endless()).start()?;
     let good = guarded.call(Some(&guarded.token()?)).build();
     let mut stream = open_stream(guarded.connect()?, &good)?;
-    let (before, record) = (generation(&guarded)?, guarded.enforcement.state_dir().join("policy.json"));
-    guarded.enforcement.kill9()?;
-    let mut document: Value = serde_json::from_slice(&fs::read(&record)?)?;
-    document["recorded"]["policy_hash"] = serde_json::to_value([7_u8; 32])?;
-    fs::write(&record, document.to_string())?;
-    let state = PinnedMap::open(&guarded.enforcement.pins().join("DAEMON_STATE"))?;
-    // `DaemonState`: the key of the fingerprints, then the hashes of policy and programs.
-    state.change(&0_u32.to_ne_bytes(), |value| value[32..96].fill(7))?;
-    guarded.enforcement.launch()?;
+    let before = generation(&guarded)?;
+    upgrade(&mut guarded, &[])?;
     assert_switched(&guarded)?;
     assert!(guarded.enforcement.log()?.contains("replace_programs=true"));
     assert!(generation(&guarded)? > before);
     flows_on(&mut stream)?;
     assert_eq!(status(&guarded, &guarded.call(None).build())?, 401);
+    // By other rules, or from a text that meant something else to it, nobody knows that what it allowed would be allowed now.
+    for differs in [("rules", json!(0)), ("compiled_hash", json!(vec![7_u8; 32]))] {
+        let mut stream = open_stream(guarded.connect()?, &good)?;
+        upgrade(&mut guarded, &[differs])?;
+        let log = guarded.enforcement.log()?;
+        assert!(log.contains("taking over") && log.contains("of no use"), "{log}");
+        ends(&mut stream)?;
+    }
     Ok(())
 }
 

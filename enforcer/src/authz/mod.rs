@@ -1,4 +1,5 @@
-//! The decision about one request: a pure function of its head, the policy, the keys and the time.
+//! The decision about one request: a pure function of its head, the policy, the keys and the time. A check that becomes
+//! stricter moves [`crate::policy::RULES`].
 
 mod decide;
 #[cfg(test)]

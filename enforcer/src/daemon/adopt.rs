@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{Config, DaemonState, Grant, MAX_REPLIES, map, text_str};
 use tracing::warn;
@@ -36,13 +36,20 @@ pub(super) fn claim(pins: &PinDir, started_ns: u64) -> Result<(), LiveError> {
 
 /// The policy that an earlier daemon recorded, if a reload could go from it to the next one, and its hash. Whether it is the one that the
 /// maps were filled by, the hash says. A program of another version has another one for the same text, so from that is switched as well:
-/// what was decided about heads ends, and open streams go on.
+/// what was decided about heads ends, and open streams go on. Not if it judges by other rules, or makes something else of the text, as
+/// then what its policy allows and what ours does can't be compared.
 pub(super) fn former(state: &StateDir, next: &Policy) -> Option<(Policy, [u8; 32])> {
     let recorded = || -> anyhow::Result<Option<(Policy, [u8; 32])>> {
-        let Some(RecordedPolicy { policy: text, policy_hash }) = state.read_policy()? else {
+        let Some(RecordedPolicy { policy: text, policy_hash, compiled_hash, rules }) = state.read_policy()?
+        else {
             return Ok(None);
         };
+        ensure!(rules == policy::RULES, "it was judged by rules {rules}, here they are {}", policy::RULES);
         let (former, _) = policy::parse(&text.file, &text.text)?;
+        ensure!(
+            policy::compiled_hash(&former) == compiled_hash,
+            "its text meant something else to the program that recorded it"
+        );
         Numbers::default().next(&former)?.next(next)?;
         Ok(Some((former, policy_hash)))
     };
@@ -174,4 +181,37 @@ fn grants(maps: &Maps) -> Result<Vec<(u32, Grant)>, LiveError> {
     let slots = 0..maps.live.grants.len();
     let grants = slots.map(|slot| maps.live.grants.get(&slot, 0).map(|grant| (slot, grant)));
     grants.collect::<Result<_, _>>().map_err(|source| LiveError::Map { name: map::GRANTS, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::PolicyErrors;
+
+    const TEXT: &str = include_str!("../../../docs/policy.example.yaml");
+
+    #[test]
+    fn what_another_program_made_of_the_text_or_judged_by_other_rules_is_not_known()
+    -> Result<(), PolicyErrors> {
+        let place = tempfile::tempdir().unwrap();
+        let state = StateDir::new(place.path(), "x");
+        let lock = state.lock().unwrap();
+        let (policy, _) = policy::parse("/policy.yaml", TEXT)?;
+        let text = PolicyText { file: "/policy.yaml".into(), text: TEXT.into() };
+        let recorded = RecordedPolicy::of(text, &policy);
+        let cases = [
+            (recorded.clone(), true),
+            // Another version's.
+            (RecordedPolicy { policy_hash: [7; 32], ..recorded.clone() }, true),
+            (RecordedPolicy { compiled_hash: [7; 32], ..recorded.clone() }, false),
+            (RecordedPolicy { rules: policy::RULES + 1, ..recorded.clone() }, false),
+            (RecordedPolicy { rules: policy::RULES - 1, ..recorded }, false),
+        ];
+        for (recorded, known) in cases {
+            state.write_policy(&lock, &recorded).unwrap();
+            let former = former(&state, &policy);
+            assert_eq!(former, known.then(|| (policy.clone(), recorded.policy_hash)), "{recorded:?}");
+        }
+        Ok(())
+    }
 }

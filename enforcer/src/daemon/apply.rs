@@ -111,16 +111,16 @@ pub(super) fn switch(
     if let Err(error) = write_labels(&new.policy, &new.numbers, kernel) {
         warn!(%error, "not all servers are shown by their new names");
     }
-    let policy_hash = policy::hash(&new.policy);
+    let policy = Arc::clone(&new.policy);
     // The disk may take its time. Until then the file says less of how long revocations stand, and each start says it anew; and the
     // policy that is recorded is not the one that the maps name, so a start would close the open connections.
     tokio::task::spawn_blocking(move || {
         if let Err(error) = revocations.write(&recorded) {
             error!(error = format!("{error:#}"), "after the policy changed");
         }
-        revocations.keep_policy(text, policy_hash);
+        revocations.keep_policy(text, &policy);
     });
-    kernel.name_policy(consequences.is_ok().then_some(policy_hash));
+    kernel.name_policy(consequences.is_ok().then(|| policy::hash(&new.policy)));
     *in_force = new;
     consequences.or_else(|error| {
         warn!(

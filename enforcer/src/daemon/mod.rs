@@ -187,7 +187,7 @@ impl Plan {
             }
             Start::Fresh => setup::load(&self.policy, pins, &self.cgroup, ours, started_ns, &state)?,
         };
-        state.keep_policy(self.text.clone(), self.ours.policy_hash);
+        state.keep_policy(self.text.clone(), &self.policy);
         Ok(up)
     }
 }

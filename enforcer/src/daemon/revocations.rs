@@ -38,8 +38,8 @@ impl State {
     }
 
     /// Records the policy that the maps were filled by.
-    pub(super) fn keep_policy(&self, policy: PolicyText, policy_hash: [u8; 32]) {
-        if let Err(error) = self.dir.write_policy(&self.lock, &RecordedPolicy { policy, policy_hash }) {
+    pub(super) fn keep_policy(&self, text: PolicyText, policy: &Policy) {
+        if let Err(error) = self.dir.write_policy(&self.lock, &RecordedPolicy::of(text, policy)) {
             warn!(%error, "the policy can't be recorded; a start under another one will close the open connections");
         }
     }

@@ -100,12 +100,25 @@ impl PolicyText {
     }
 }
 
-/// SHA-256 of all that a policy says, and of the version of the program that judges by it. What was decided under one hash holds
-/// under no other.
+/// Number of the rules by which tokens and heads are judged besides what the policy says. It moves with each check that becomes
+/// stricter: what was allowed under another number is not taken over, since the policy alone would seem to allow it still.
+pub const RULES: u32 = 1;
+
+/// SHA-256 of all that a policy says, and of the program that judges by it: its version and [`RULES`]. What was decided under one
+/// hash holds under no other.
 #[must_use]
 pub fn hash(policy: &Policy) -> [u8; 32] {
+    sha256(&format!("{} {RULES} {policy:?}", env!("CARGO_PKG_VERSION")))
+}
+
+/// SHA-256 of all that a policy says, by which a program of another version can tell that it makes the same of a text.
+#[must_use]
+pub fn compiled_hash(policy: &Policy) -> [u8; 32] {
     // The debug form has every field there is, also those that are added later.
-    let text = format!("{} {policy:?}", env!("CARGO_PKG_VERSION"));
+    sha256(&format!("{policy:?}"))
+}
+
+fn sha256(text: &str) -> [u8; 32] {
     let mut hash = [0; 32];
     hash.copy_from_slice(ring::digest::digest(&ring::digest::SHA256, text.as_bytes()).as_ref());
     hash

@@ -14,7 +14,7 @@ use crate::policy::Server;
 ///
 /// Pure: `keys` are the issuers' keys, `now_unix_secs` is in seconds since 1970-01-01T00:00:00Z. Cheap checks come first
 /// and the signature last, so a flood of tokens with wrong claims costs no cryptography. Scopes are not part of it: see
-/// [`missing_scopes`].
+/// [`missing_scopes`]. A check that becomes stricter moves [`crate::policy::RULES`].
 ///
 /// # Errors
 /// The first defect. [`TokenError::UnknownKey`] may be cured by one refresh of the issuer's keys;

@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::{StateDir, StateError, StateLock, read, replace, unusable};
-use crate::policy::PolicyText;
+use crate::policy::{self, Policy, PolicyText};
 
 pub(super) const FILE: &str = "policy.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -23,6 +23,23 @@ pub struct RecordedPolicy {
     pub policy: PolicyText,
     /// [`crate::policy::hash`] of what the program that recorded it made of the text.
     pub policy_hash: [u8; 32],
+    /// [`crate::policy::compiled_hash`] of the same.
+    pub compiled_hash: [u8; 32],
+    /// [`crate::policy::RULES`] of that program.
+    pub rules: u32,
+}
+
+impl RecordedPolicy {
+    /// Of a policy and the text that it was compiled from.
+    #[must_use]
+    pub fn of(text: PolicyText, policy: &Policy) -> Self {
+        Self {
+            policy: text,
+            policy_hash: policy::hash(policy),
+            compiled_hash: policy::compiled_hash(policy),
+            rules: policy::RULES,
+        }
+    }
 }
 
 impl StateDir {
@@ -67,12 +84,12 @@ mod tests {
         assert_eq!(state.read_policy().unwrap(), None);
         for text in ["version: 1\n# \"é\"\n", "{}"] {
             let policy = PolicyText { file: "/etc/policy.yaml".into(), text: text.into() };
-            let recorded = RecordedPolicy { policy, policy_hash: [7; 32] };
+            let recorded = RecordedPolicy { policy, policy_hash: [7; 32], compiled_hash: [8; 32], rules: 9 };
             state.write_policy(&lock, &recorded).unwrap();
             assert_eq!(state.read_policy().unwrap(), Some(recorded));
         }
         for text in
-            ["", "{}", r#"{"version":2,"recorded":{"file":"","text":""}}"#, r#"{"version":1,"recorded":""}"#]
+            ["", "{}", r#"{"version":1,"recorded":{"file":"","text":""}}"#, r#"{"version":2,"recorded":""}"#]
         {
             std::fs::write(state.path().join(FILE), text).unwrap();
             assert!(matches!(state.read_policy(), Err(StateError::Damaged { .. })), "{text}");
