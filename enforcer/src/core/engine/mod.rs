@@ -211,10 +211,12 @@ impl Engine {
             PUNT_STRAY => {
                 let Some(ends) = ends(bytes) else { return };
                 datapath.count("unguarded-connection");
-                info!(
-                    cookie = header.cookie,
-                    "a connection from before the enforcement is still there; it is destroyed"
-                );
+                if self.log.admit() {
+                    info!(
+                        cookie = header.cookie,
+                        "a connection from before the enforcement is still there; it is destroyed"
+                    );
+                }
                 datapath.destroy_stray(header.cookie, header.netns_cookie, header.interface, ends);
             }
             PUNT_FENCED => {
