@@ -1,10 +1,11 @@
 //! Who owns a connection's bytes: the kernel, or the daemon.
 //!
 //! One word holds the state, the punt epoch and how many bytes were punted in it. While the kernel owns the flow only its
-//! judge changes the word, under the socket's lock; anybody may end the flow. While the daemon owns it ([`State::Punted`]) the judge adds to the
-//! punted bytes and the inject program hands the flow back, both by compare-and-swap: the hand-back succeeds only if the
-//! daemon has been given, and has injected, every byte that was punted. Nothing else makes the kernel pass bytes again, so
-//! a byte can neither be lost nor overtake another.
+//! judge changes the word, under the socket's lock; anybody may end the flow. While the daemon owns it ([`State::Punted`]) the
+//! judge adds to the punted bytes and the inject program hands the flow back, both by compare-and-swap: the hand-back succeeds
+//! only if the daemon has been given, and has injected, every byte that was punted. Nothing else makes the kernel pass bytes
+//! again, so a byte can neither be lost nor overtake another. What a hand-back says about the new state lies apart until the
+//! judge takes it over.
 
 use crate::abi::{FLOW_GRANTS, grant_bit};
 
