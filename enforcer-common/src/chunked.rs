@@ -21,6 +21,7 @@ enum Phase {
 }
 
 /// A chunk decoder. Plain integers, so that it fits into a flow record.
+#[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunked {
     phase: u64,

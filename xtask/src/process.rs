@@ -91,6 +91,11 @@ pub(crate) struct Outcome {
 /// Runs a step in a process group of its own. The group is ended when `limit` is over, when the step is (nothing may
 /// outlive it), and when xtask itself dies, by Ctrl-C or otherwise.
 pub(crate) fn run_bounded(command: &mut Command, limit: Duration) -> Result<Outcome> {
+    run_bounded_as("", command, limit)
+}
+
+/// [`run_bounded`] of one among several at a time: its lines are shown behind a name.
+pub(crate) fn run_bounded_as(name: &str, command: &mut Command, limit: Duration) -> Result<Outcome> {
     eprintln!("$ {}", shown(command));
     let start = Instant::now();
     let mut child = command
@@ -102,10 +107,11 @@ pub(crate) fn run_bounded(command: &mut Command, limit: Duration) -> Result<Outc
     let guard = Guard::over(&child)?;
     let stdout = child.stdout.take().context("the step's output was not captured")?;
     let (sender, receiver) = mpsc::channel();
+    let name = name.to_owned();
     thread::spawn(move || {
         for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).into_owned();
-            println!("{line}");
+            println!("{name}{line}");
             if sender.send(line).is_err() {
                 break;
             }

@@ -66,19 +66,25 @@ extern "C" fn chunk_step(_index: u32, walk: *mut Walk<'_>) -> i64 {
             }
         }
     };
-    match walk.decoder.step(byte, walk.len - walk.at) {
-        ChunkStep::Consumed(taken) => {
-            walk.at += taken;
-            0
-        }
-        ChunkStep::End(taken) => {
-            walk.at += taken;
-            walk.end = 1;
-            1
-        }
-        ChunkStep::Broken => {
-            walk.end = 2;
-            1
-        }
+    let step = decode(&raw mut walk.decoder, byte, walk.len - walk.at);
+    walk.at += step >> 2;
+    walk.end = step & 3;
+    i64::from(walk.end != 0)
+}
+
+/// [`Chunked::step`]: how many bytes it took, and in the low bits what `Walk::end` becomes. A global function to the verifier, which
+/// walks it once, for any arguments: 7.3 follows the loop through all states of the decoder otherwise, and gives up.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn decode(decoder: *mut Chunked, byte: u8, available: u64) -> u64 {
+    const BROKEN: u64 = 2;
+    if decoder.is_null() {
+        return BROKEN;
+    }
+    // SAFETY: the caller's pointer is valid; the verifier checks each access against the type's size.
+    match unsafe { &mut *decoder }.step(byte, available) {
+        ChunkStep::Consumed(taken) => taken << 2,
+        ChunkStep::End(taken) => taken << 2 | 1,
+        ChunkStep::Broken => BROKEN,
     }
 }

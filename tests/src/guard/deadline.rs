@@ -20,6 +20,7 @@ impl Deadline {
     /// Starts the clock for `what` (a test's name).
     #[must_use]
     pub fn new(what: &str, limit: Duration) -> Self {
+        let limit = limit * patience();
         let (alive, closed) = channel();
         let what = what.to_owned();
         thread::spawn(move || watch(&what, limit, &closed));
@@ -31,6 +32,11 @@ impl Deadline {
     pub fn remaining(&self) -> Duration {
         self.end.saturating_duration_since(Instant::now())
     }
+}
+
+/// How many times as long everything may take here: `ENFORCER_TEST_PATIENCE`, for machines that are emulated.
+fn patience() -> u32 {
+    std::env::var("ENFORCER_TEST_PATIENCE").ok().and_then(|times| times.parse().ok()).unwrap_or(1)
 }
 
 fn watch(what: &str, limit: Duration, closed: &Receiver<()>) {

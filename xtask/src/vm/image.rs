@@ -31,7 +31,7 @@ const PROGRAMS: &str = "t";
 
 /// What `/init` does before and after the steps. The kernel's messages go to the second serial line, ours to the first.
 const INIT_HEAD: &str = r#"#!/bin/busybox sh
-export PATH=/t:/sbin:/bin HOME=/root ENFORCER_BIN=/t/enforcer ENFORCER_TEST_SKIP_LOG=/tmp/skipped
+export PATH=/t:/sbin:/bin HOME=/root ENFORCER_BIN=/t/enforcer ENFORCER_TEST_SKIP_LOG=/tmp/skipped ENFORCER_TEST_PATIENCE=4
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs devtmpfs /dev

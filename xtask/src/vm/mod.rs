@@ -9,6 +9,8 @@ mod report;
 use std::env;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -79,6 +81,7 @@ pub(crate) fn test(workspace: &Workspace, options: &Options) -> Result<()> {
 
     let kernels = archive.kernels()?;
     let mut rows = Vec::new();
+    let mut guests = Vec::new();
     for (series, wanted, must_refuse) in GUESTS {
         if !options.kernels.is_empty() && !options.kernels.iter().any(|name| name == series) {
             continue;
@@ -98,18 +101,36 @@ pub(crate) fn test(workspace: &Workspace, options: &Options) -> Result<()> {
                 archive.unpack(&kernel.packages, &unpacked)?;
                 row.kernel = Some(format!("{} ({})", kernel.release, kernel.version));
                 let image = images.image(&kernel.release, &unpacked, common)?;
-                eprintln!("\n== {series}: {}", kernel.release);
                 let log = directory.join(format!("{}.kernel.log", kernel.release));
-                let vmlinuz = image::vmlinuz(&unpacked)?;
-                let outcome = qemu::boot(&qemu, &vmlinuz, &image, &log, options.guest_limit)?;
-                // The largest files here; the next run makes them again.
-                let _ = fs::remove_file(&image);
-                row.took_secs = outcome.took.as_secs_f64();
-                row.reading = judge(&outcome.lines, outcome.timed_out, &log, kernel, *must_refuse);
+                guests.push((rows.len(), kernel, image::vmlinuz(&unpacked)?, image, log));
             }
         }
         rows.push(row);
     }
+
+    // As many at a time as there are processors: each guest has one.
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let (waiting, rows) = (Mutex::new(guests.into_iter()), Mutex::new(rows));
+    thread::scope(|scope| {
+        let worker = || -> Result<()> {
+            loop {
+                let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some((index, kernel, vmlinuz, image, log)) = next else { return Ok(()) };
+                let name = format!("{} | ", kernel.release);
+                let outcome = qemu::boot(&name, &qemu, &vmlinuz, &image, &log, options.guest_limit)?;
+                // The largest files here; the next run makes them again.
+                let _ = fs::remove_file(&image);
+                let row = &mut rows.lock().unwrap_or_else(PoisonError::into_inner)[index];
+                row.took_secs = outcome.took.as_secs_f64();
+                row.reading = judge(&outcome.lines, outcome.timed_out, &log, kernel, row.must_refuse);
+            }
+        };
+        let workers: Vec<_> = (0..processors).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })?;
+    let rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
 
     println!("\n{}", report::table(&rows));
     if let Some(path) = &options.markdown {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use crate::probe::{find_program, is_root, version_of};
-use crate::process::{Outcome, run, run_bounded, stdout_of};
+use crate::process::{Outcome, run, run_bounded_as, stdout_of};
 
 const QEMU: &str = "qemu-system-x86_64";
 const PACKAGE: &str = "qemu-system-x86";
@@ -59,6 +59,7 @@ pub(super) fn version(qemu: &Path) -> String {
 ///
 /// A panic, too, ends qemu with success: only the guest's own last line says that it came to its end.
 pub(super) fn boot(
+    name: &str,
     qemu: &Path,
     vmlinuz: &Path,
     image: &Path,
@@ -78,5 +79,5 @@ pub(super) fn boot(
         .arg("-initrd")
         .arg(image)
         .args(["-append", "console=ttyS1 loglevel=5 panic=-1 mitigations=off random.trust_cpu=on"]);
-    run_bounded(&mut command, limit)
+    run_bounded_as(name, &mut command, limit)
 }
