@@ -35,14 +35,15 @@ pub(crate) fn align(skb: Skb<'_>, flow: &Flow) -> Result<(), Counter> {
 /// read: so only while there are bytes which the judge has not seen.
 #[inline(always)]
 pub(crate) fn reads_past(tcp: *const u8, flow: &Flow) -> bool {
-    let ahead = || {
+    let ahead = |between: fn()| {
         let read = tcp::copied_seq(tcp);
-        memory_barrier();
+        between();
         // SAFETY: a field of a valid map value. The judge, on another CPU perhaps, moves it on before the bytes that it judged count as read.
         let judged = unsafe { (&raw const flow.next_byte_seq).read_volatile() };
         read.wrapping_sub(judged) as i32 > 0 && tcp::rcv_nxt(tcp).wrapping_sub(judged) as i32 > 1
     };
-    flow.flags & FLOW_OBSERVE == 0 && ahead()
+    // The barrier is for the one that is suspected, not for every packet.
+    flow.flags & FLOW_OBSERVE == 0 && ahead(|| {}) && ahead(memory_barrier)
 }
 
 /// The flow is dead, and whatever listens on its port is held from here on; unless the record is another flow's by now.
