@@ -312,6 +312,14 @@ impl Maps {
         self.sink.set(0, socket, 0).map_err(|source| LiveError::Map { name: map::SINK, source })
     }
 
+    /// Takes the sink away: from here on the judge drops what it would have swallowed.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn clear_sink(&mut self) -> Result<(), LiveError> {
+        self.sink.clear_index(&0).map_err(|source| LiveError::Map { name: map::SINK, source })
+    }
+
     /// Puts the kernel's end of a socket pair under the inject program.
     ///
     /// # Errors
