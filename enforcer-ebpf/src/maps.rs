@@ -52,11 +52,11 @@ pub(crate) static PUNTS: RingBuf = RingBuf::with_byte_size(PUNTS_BYTES, 0);
 #[map]
 pub(crate) static INJECTORS: SockMap = SockMap::with_max_entries(MAX_INJECTORS, 0);
 
-/// A socket of the daemon whose peer is shut down: where bytes go that are dropped. See `Skb::swallow`.
 /// Ports, as wildcard endpoints, whose servers were seen to read what was not judged, and since when. See `programs/hold.rs`.
 #[map]
 pub(crate) static HOLD: HashMap<EndpointKey, u64> = HashMap::with_max_entries(MAX_ENDPOINTS, 0);
 
+/// A socket of the daemon whose peer is shut down: where bytes go that are dropped. See `Skb::swallow`.
 #[map]
 pub(crate) static SINK: SockMap = SockMap::with_max_entries(1, 0);
 

@@ -353,12 +353,7 @@ fn without_a_next_daemon_what_waits_for_it_ends() -> Result<()> {
     assert_eq!(limit.pointer("/daemon/heartbeat_limit_ms"), Some(&serde_json::json!(2000)));
     // One request is half in the daemon's hands, one comes when it is dead.
     let whole = common::unknown(&guarded, &token, 1);
-    let mut begun = guarded.connect()?;
-    begun.send(whole.get(..40).unwrap_or_default())?;
-    wait_until("the request is the daemon's", TIMEOUT, || {
-        let flows = guarded.enforcement.cli_json(&["flows"]).ok()?;
-        flows.to_string().contains("\"punted\"").then_some(())
-    })?;
+    let mut begun = common::half_handed_over(&guarded, &whole)?;
     guarded.enforcement.kill9()?;
     let mut waiting = guarded.connect()?;
     waiting.send(&common::unknown(&guarded, &token, 2))?;
@@ -380,12 +375,7 @@ fn when_the_watcher_is_killed_too_the_next_daemon_ends_what_was_begun() -> Resul
     let mut guarded = Guarded::builder("bothkilled").daemon_timeout("2s").start()?;
     let token = guarded.token()?;
     let whole = common::unknown(&guarded, &token, 1);
-    let mut begun = guarded.connect()?;
-    begun.send(whole.get(..40).unwrap_or_default())?;
-    wait_until("the request is the daemon's", TIMEOUT, || {
-        let flows = guarded.enforcement.cli_json(&["flows"]).ok()?;
-        flows.to_string().contains("\"punted\"").then_some(())
-    })?;
+    let mut begun = common::half_handed_over(&guarded, &whole)?;
     thread::sleep(Duration::from_millis(100));
     let watcher = watcher_of(guarded.enforcement.daemon()?.pid())?;
     guarded.enforcement.kill9()?;

@@ -7,44 +7,20 @@ mod maps;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::Command;
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::enforcement::{Guarded, GuardedBuilder, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::{Deadline, NetNs, Proc, spawn_in, wait_until};
+use enforcer_tests::enforcement::{Guarded, IssuerSpec, PolicySpec, ServerSpec};
+use enforcer_tests::guard::Deadline;
 use enforcer_tests::issuer::{Alg, Issuer};
 use enforcer_tests::raw::{Connection, RequestBuilder};
 use enforcer_tests::recorder::{Config, RemoteRecorder};
-use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
 use common::{
-    LIMIT, OTHER_RESOURCE, TIMEOUT, assert_nothing_is_left, endless, ends, flows_on, open_stream, policy,
-    refused_unread, status, tools, unknown,
+    LIMIT, OTHER_RESOURCE, TIMEOUT, endless, ends, flows_on, kept, open_stream, policy, restart, status,
+    tools, unknown,
 };
 use maps::PinnedMap;
-
-/// Starts that are killed.
-const ROUNDS: u32 = 10;
-
-/// A daemon that reads its policy only when it starts or is told to, and leaves the enforcement in the kernel when it ends.
-fn kept(name: &str) -> GuardedBuilder {
-    Guarded::builder(name).option("--no-watch").option("--keep")
-}
-
-/// Ends the daemon, and starts one for another policy.
-fn restart(guarded: &mut Guarded, kill: bool, policy: &PolicySpec) -> Result<()> {
-    if kill {
-        guarded.enforcement.kill9()?;
-    } else {
-        ensure!(guarded.enforcement.stop()?.success(), "the daemon failed");
-    }
-    guarded.enforcement.write_policy(policy)?;
-    guarded.enforcement.launch()
-}
 
 /// The log says that the last start has switched from one policy to the other.
 fn assert_switched(guarded: &Guarded) -> Result<()> {
@@ -332,168 +308,4 @@ fn a_program_of_another_version_decides_anew_and_streams_go_on() -> Result<()> {
         ends(&mut stream)?;
     }
     Ok(())
-}
-
-#[test]
-fn killed_at_any_moment_of_such_a_start_nothing_is_open() -> Result<()> {
-    let _deadline = Deadline::new("restart: killed", LIMIT);
-    let mut guarded = kept("rs-killed").start()?;
-    let policies = [
-        policy(&guarded, vec![tools(&guarded).with("scopes", json!(["a"]))]),
-        policy(&guarded, vec![tools(&guarded)]),
-    ];
-    let bare = guarded.call(None).build();
-    guarded.enforcement.kill9()?;
-    let mut switched = 0;
-    for round in 0..ROUNDS {
-        // Such a start as a whole, to know how long it takes now; the next one is killed before its end, or just after it.
-        let start = Instant::now();
-        guarded.enforcement.write_policy(&policies[0])?;
-        guarded.enforcement.launch()?;
-        let takes = start.elapsed();
-        guarded.enforcement.kill9()?;
-        guarded.enforcement.write_policy(&policies[1])?;
-        let mut daemon = guarded.enforcement.spawn_daemon()?;
-        thread::sleep(takes * round / (ROUNDS - 1));
-        let asked = Connection::open(guarded.addr(), Duration::from_millis(200))?.roundtrip(&bare);
-        let status = asked.map_or(0, |response| response.status);
-        ensure!([0, 401, 503].contains(&status), "round {round}: {status}");
-        daemon.kill()?;
-        switched += u32::from(daemon.stderr().contains("policy changed"));
-    }
-    eprintln!("{switched} of {ROUNDS} starts had switched when they were killed");
-    guarded.enforcement.launch()?;
-    refused_unread(&guarded, "a")?;
-    assert_eq!(guarded.enforcement.leftover_pins(), [guarded.enforcement.pins()]);
-    Ok(())
-}
-
-#[test]
-fn what_was_observed_in_another_namespace_ends_before_keys_come() -> Result<()> {
-    let _deadline = Deadline::new("restart: another namespace", LIMIT);
-    let netns = Arc::new(NetNs::new("rs-netns")?);
-    let mut guarded = kept("rs-netns").observing().recorder(endless()).netns(&netns).start()?;
-    let bare = guarded.call(None).build();
-    let mut stream = open_stream(netns.run(|| Connection::open(guarded.addr(), TIMEOUT))??, &bare)?;
-    guarded.enforcement.kill9()?;
-    // Its keys never come, so the start waits for them as long as it ever does.
-    let issuer = Issuer::new("https://slow.example.com", Alg::Es256)?;
-    let silent = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let url = format!("http://{}/jwks", silent.local_addr()?);
-    let slow = IssuerSpec::from_url("slow", &issuer, &url).with("allow_http_loopback", true);
-    let issuers = vec![IssuerSpec::from_file("corp", &guarded.issuer), slow];
-    let server = tools(&guarded).with("issuers", json!(["corp", "slow"]));
-    guarded.enforcement.write_policy(&PolicySpec::new(issuers, vec![server]))?;
-    let mut daemon = guarded.enforcement.spawn_daemon()?;
-    daemon.wait_for_line("policy changed", TIMEOUT)?;
-    ends(&mut stream)?;
-    let log = daemon.stderr();
-    ensure!(!log.contains("no keys yet") && !log.contains("daemon: ready"), "{log}");
-    daemon.kill()?;
-    Ok(())
-}
-
-/// Accepts one connection, leaves its network namespace for that of another process, and answers with a stream.
-const LEAVING_SERVER: &str = "
-import ctypes, os, socket, sys, time
-host, port, elsewhere = sys.argv[1:]
-listener = socket.create_server((host, int(port)))
-print('listening', flush=True)
-connection, _ = listener.accept()
-namespace = os.open(f'/proc/{elsewhere}/ns/net', os.O_RDONLY)
-CLONE_NEWNET = 0x40000000
-if ctypes.CDLL(None).setns(namespace, CLONE_NEWNET) != 0:
-    sys.exit('setns')
-connection.recv(65536)
-connection.sendall(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n')
-while True:
-    connection.sendall(b': event\\n\\n')
-    time.sleep(0.02)
-";
-
-/// Whom the policy does not allow any more can't be told by a path that is public no more: the daemon that changed the policy knows it.
-#[test]
-fn who_is_killed_before_all_has_ended_is_taken_over() -> Result<()> {
-    let _deadline = Deadline::new("restart: not ended", LIMIT);
-    for killed in [true, false] {
-        let name = format!("rs-lost-{killed}");
-        let mut guarded = kept(&name).server("public_paths", json!(["/healthz"])).start()?;
-        let (netns, addr) = (NetNs::new(&name)?, guarded.addr());
-        let mut command = Command::new("python3");
-        command.args(["-c", LEAVING_SERVER, &addr.ip().to_string(), &addr.port().to_string()]);
-        command.arg(std::process::id().to_string());
-        netns.place(&mut command)?;
-        let mut server = spawn_in(guarded.enforcement.cgroup(), "leaving-server", command)?;
-        server.wait_for_line("listening", TIMEOUT)?;
-        let public = RequestBuilder::new("GET", "/healthz").header("Host", &guarded.host()).build();
-        let mut stream = open_stream(netns.run(|| Connection::open(addr, TIMEOUT))??, &public)?;
-        let next = policy(&guarded, vec![tools(&guarded)]);
-        if killed {
-            restart(&mut guarded, true, &next)?;
-        } else {
-            guarded.enforcement.write_policy(&next)?;
-            guarded.enforcement.cli_json(&["reload"])?;
-        }
-        assert_eq!(guarded.enforcement.reason("public-path-removed")?, 1);
-        wait_until("its namespace was searched in vain", TIMEOUT, || {
-            (guarded.enforcement.reason("netns-not-found").ok()? >= 1).then_some(())
-        })?;
-        flows_on(&mut stream)?;
-        if killed {
-            guarded.enforcement.kill9()?;
-        }
-        // Somebody comes to live there.
-        let mut command = Command::new("sleep");
-        command.arg("1000");
-        netns.place(&mut command)?;
-        let _there = Proc::spawn("sleep", command)?;
-        if !killed {
-            ends(&mut stream)?;
-            // The daemon has turned to other work since.
-            assert_eq!(status(&guarded, &guarded.call(None).build())?, 401);
-            guarded.enforcement.kill9()?;
-        }
-        guarded.enforcement.launch()?;
-        ends(&mut stream)?;
-        let log = guarded.enforcement.log()?;
-        assert_eq!(log.contains("taking over"), killed, "{log}");
-        assert_eq!(log.contains("switch_policy=false"), !killed, "{log}");
-        assert_eq!(status(&guarded, &guarded.call(None).build())?, 401);
-    }
-    Ok(())
-}
-
-#[test]
-fn a_reload_that_is_prepared_when_the_daemon_is_stopped_lets_go_of_the_state() -> Result<()> {
-    let _deadline = Deadline::new("restart: prepared", LIMIT);
-    let mut guarded = Guarded::builder("rs-term").option("--no-watch").drain_timeout(120).start()?;
-    let known = guarded.call(Some(&guarded.token()?)).build();
-    let mut open = guarded.connect()?;
-    assert_eq!(open.roundtrip(&known)?.status, 200);
-    // Its keys never come, so the new policy is waited with.
-    let slow = Issuer::new("https://slow.example.com", Alg::Es256)?;
-    let silent = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let url = format!("http://{}/jwks", silent.local_addr()?);
-    let issuers =
-        vec![IssuerSpec::from_file("corp", &guarded.issuer), IssuerSpec::from_url("slow", &slow, &url)];
-    let strict = tools(&guarded).with("scopes", json!(["more"])).with("issuers", json!(["corp", "slow"]));
-    guarded.enforcement.write_policy(&PolicySpec::new(issuers, vec![strict]))?;
-    guarded.enforcement.daemon()?.signal(nix::sys::signal::Signal::SIGHUP)?;
-    // It is being prepared.
-    let asked = silent.accept()?;
-    guarded.enforcement.daemon()?.signal(nix::sys::signal::Signal::SIGTERM)?;
-    guarded.enforcement.daemon()?.wait_for_line("stopping", TIMEOUT)?;
-    // Longer than a policy waits for keys: one that is not abandoned would be ready by now, and hold the lock until the end.
-    thread::sleep(Duration::from_secs(7));
-    let lock = wait_until("the lock of the state", TIMEOUT, || {
-        let file =
-            fs::OpenOptions::new().write(true).open(guarded.enforcement.state_dir().join("lock")).ok()?;
-        Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()
-    })?;
-    assert_eq!(open.roundtrip(&known)?.status, 200, "it drains under the policy in force");
-    let log = guarded.enforcement.log()?;
-    assert!(!log.contains("policy changed") && !log.contains("policy not taken"), "{log}");
-    drop((open, asked, lock));
-    assert!(guarded.enforcement.stop()?.success());
-    assert_nothing_is_left(&guarded)
 }

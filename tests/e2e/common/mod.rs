@@ -2,13 +2,14 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use enforcer_tests::enforcement::{Guarded, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::wait_until;
+use enforcer_tests::enforcement::{Guarded, GuardedBuilder, IssuerSpec, PolicySpec, ServerSpec};
+use enforcer_tests::guard::{NetNs, Proc, spawn_in, wait_until};
 use enforcer_tests::issuer::Issuer;
 use enforcer_tests::raw::{Connection, Response};
 use enforcer_tests::recorder::{Answer, Config};
@@ -132,4 +133,70 @@ pub(crate) fn ends(connection: &mut Connection) -> Result<()> {
         ensure!(start.elapsed() < SOON, "the stream goes on");
     }
     Ok(())
+}
+
+/// A daemon that reads its policy only when it starts or is told to, and leaves the enforcement in the kernel when it ends.
+pub(crate) fn kept(name: &str) -> GuardedBuilder {
+    Guarded::builder(name).option("--no-watch").option("--keep")
+}
+
+/// Ends the daemon, and starts one for another policy.
+pub(crate) fn restart(guarded: &mut Guarded, kill: bool, policy: &PolicySpec) -> Result<()> {
+    if kill {
+        guarded.enforcement.kill9()?;
+    } else {
+        ensure!(guarded.enforcement.stop()?.success(), "the daemon failed");
+    }
+    guarded.enforcement.write_policy(policy)?;
+    guarded.enforcement.launch()
+}
+
+/// Accepts one connection, leaves its network namespace for that of another process, and answers with a stream.
+const LEAVING_SERVER: &str = "
+import ctypes, os, socket, sys, time
+host, port, elsewhere = sys.argv[1:]
+listener = socket.create_server((host, int(port)))
+print('listening', flush=True)
+connection, _ = listener.accept()
+namespace = os.open(f'/proc/{elsewhere}/ns/net', os.O_RDONLY)
+CLONE_NEWNET = 0x40000000
+if ctypes.CDLL(None).setns(namespace, CLONE_NEWNET) != 0:
+    sys.exit('setns')
+print('left', flush=True)
+connection.recv(65536)
+connection.sendall(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n')
+while True:
+    connection.sendall(b': event\\n\\n')
+    time.sleep(0.02)
+";
+
+/// Such a server, which listens in a namespace that nobody else lives in. It prints `left` when it has gone from there.
+pub(crate) fn leaving_server(guarded: &Guarded, netns: &NetNs) -> Result<Proc> {
+    let addr = guarded.addr();
+    let mut command = Command::new("python3");
+    command.args(["-c", LEAVING_SERVER, &addr.ip().to_string(), &addr.port().to_string()]);
+    command.arg(std::process::id().to_string());
+    netns.place(&mut command)?;
+    let mut server = spawn_in(guarded.enforcement.cgroup(), "leaving-server", command)?;
+    server.wait_for_line("listening", TIMEOUT)?;
+    Ok(server)
+}
+
+/// A process by which a namespace can be found.
+pub(crate) fn inhabitant(netns: &NetNs) -> Result<Proc> {
+    let mut command = Command::new("sleep");
+    command.arg("1000");
+    netns.place(&mut command)?;
+    Proc::spawn("sleep", command)
+}
+
+/// A connection with the first bytes of a request, which are the daemon's.
+pub(crate) fn half_handed_over(guarded: &Guarded, request: &[u8]) -> Result<Connection> {
+    let mut begun = guarded.connect()?;
+    begun.send(request.get(..40).unwrap_or_default())?;
+    wait_until("the request is the daemon's", TIMEOUT, || {
+        let flows = guarded.enforcement.cli_json(&["flows"]).ok()?;
+        flows.to_string().contains("\"punted\"").then_some(())
+    })?;
+    Ok(begun)
 }
