@@ -104,7 +104,7 @@ A guest counts as good only if every step had the exit code that it must have, t
 `cargo xtask test vm` needs x86-64, apt, and qemu-system-x86 (as root it installs that package by itself, else it says how). Kernels are
 downloaded into `target/vm` with an apt configuration of its own and unpacked there; nothing of them is installed. Downloads are kept;
 `--offline` does without the archive. `--kernel 6.12` runs one series only. The guests are emulated (no KVM is needed), one processor
-each, one after the other: the run shows correctness, never speed, and it takes longer than CI has. Tests that hold for a time limit may
+each, as many at a time as there are processors: the run shows correctness, never speed, and it takes longer than CI has. Tests that hold for a time limit may
 need a machine that does nothing else.
 
 If a series is gone from the archive, the run says so and fails.
