@@ -140,7 +140,8 @@ fn survey(workspace: &Workspace) -> Survey {
         component(workspace, "clippy", "clippy"),
         bpf_compiler(workspace, &compilers, &choice),
         bpf_linker(workspace, linker.as_ref(), &choice),
-        ip(),
+        tool("ip (iproute2)", "ip", "-V", "network namespaces of the end-to-end tests", "iproute2"),
+        tool("nft (nftables)", "nft", "-v", "address translation in the end-to-end tests", "nftables"),
         interpreter("python3", "end-to-end tests against Python's HTTP server; skipped without"),
         interpreter("node", "end-to-end tests against Node's HTTP server; skipped without"),
     ];
@@ -263,18 +264,13 @@ fn bpf_linker(workspace: &Workspace, linker: Option<&Linker>, choice: &Choice<'_
     }
 }
 
-fn ip() -> Need {
+/// A program of the system that the end-to-end tests run.
+fn tool(name: &'static str, program: &str, version: &str, purpose: &'static str, package: &str) -> Need {
     let more = ["/usr/sbin", "/sbin"].map(PathBuf::from);
-    let found = probe::find_program("ip", &more)
-        .and_then(|path| version_of(&path, &["-V"]))
-        .ok_or_else(|| "`ip -V` can't be run".into());
-    Need {
-        name: "ip (iproute2)",
-        purpose: "network namespaces of the end-to-end tests",
-        found,
-        optional: false,
-        fixes: vec![apt(&["iproute2"])],
-    }
+    let found = probe::find_program(program, &more)
+        .and_then(|path| version_of(&path, &[version]))
+        .ok_or_else(|| format!("`{program} {version}` can't be run"));
+    Need { name, purpose, found, optional: false, fixes: vec![apt(&[package])] }
 }
 
 fn interpreter(name: &'static str, purpose: &'static str) -> Need {
