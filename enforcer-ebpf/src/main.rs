@@ -3,6 +3,7 @@
 //! | program | hook | job |
 //! |---|---|---|
 //! | [`programs::sock_ops`] | `sock_ops` | guard each connection that a protected endpoint accepts, from its first byte |
+//! | [`programs::connect`] | `cgroup/connect4`, `connect6` | note who is calling |
 //! | [`programs::judge`] | `sk_skb/stream_verdict` on the guarded sockets | pass, answer, or hand over each request |
 //! | [`programs::gate`] | `cgroup_skb/ingress` | no bytes for sockets that should be guarded and are not; hold senders back |
 //! | [`programs::inject`] | `sk_skb/stream_verdict` on the daemon's sockets | carry bytes from the daemon into a guarded socket |

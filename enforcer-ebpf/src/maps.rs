@@ -4,10 +4,10 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash, SockMap};
 use enforcer_common::abi::{
-    Config, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_COUNTERS,
-    MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS, MAX_REPLIES, MAX_REVOCATIONS,
-    MAX_SERVERS, MAX_SOCKETS, MAX_VERDICTS, PUNTS_BYTES, REVOCATION_WORDS, ReasonName, Reply, Revocation,
-    ServerLabel, Verdict,
+    Config, Connecting, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, JoinKey,
+    Joining, MAX_CALLERS, MAX_CONNECTING, MAX_COUNTERS, MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS,
+    MAX_REASONS, MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SOCKETS, MAX_VERDICTS, PUNTS_BYTES,
+    REVOCATION_WORDS, ReasonName, Reply, Revocation, Sealed, ServerLabel, Verdict,
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::head::HeadBuf;
@@ -33,7 +33,8 @@ pub(crate) static SOCKETS: SockHash<u64> = SockHash::with_max_entries(MAX_SOCKET
 pub(crate) static FLOWS: HashMap<u64, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 
 #[map]
-pub(crate) static VERDICTS: LruHashMap<HeadDigest, Verdict> = LruHashMap::with_max_entries(MAX_VERDICTS, 0);
+pub(crate) static VERDICTS: LruHashMap<HeadDigest, Sealed<Verdict>> =
+    LruHashMap::with_max_entries(MAX_VERDICTS, 0);
 
 #[map]
 pub(crate) static GRANTS: Array<Grant> = Array::with_max_entries(MAX_GRANTS, 0);
@@ -84,3 +85,11 @@ pub(crate) static REVOCATIONS: HashMap<u64, Revocation> = HashMap::with_max_entr
 
 #[map]
 pub(crate) static REVOCATION_STATE: Array<u64> = Array::with_max_entries(REVOCATION_WORDS, 0);
+
+#[map]
+pub(crate) static CONNECTING: LruHashMap<u64, Sealed<Connecting>> =
+    LruHashMap::with_max_entries(MAX_CONNECTING, 0);
+
+#[map]
+pub(crate) static CALLERS: LruHashMap<JoinKey, Sealed<Joining>> =
+    LruHashMap::with_max_entries(MAX_CALLERS, 0);

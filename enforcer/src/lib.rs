@@ -15,3 +15,4 @@ pub mod policy;
 pub mod privileges;
 pub mod revocation;
 pub mod token;
+pub mod workload;

@@ -193,20 +193,12 @@ fn data_in_the_syn_is_judged() -> Result<()> {
         }
     }
     scene.check_unread("refused-in-the-syn")?;
-    let statistics = netns.run(|| fs::read_to_string("/proc/thread-self/net/netstat"))??;
     // Taken at once, or dropped, and then sent again behind the handshake: either way, segments with SYN and data were sent.
     let names = ["TCPFastOpenPassive", "TCPFastOpenActive", "TCPFastOpenActiveFail"];
-    let counts = names.map(|name| tcp_ext(&statistics, name).unwrap_or(0));
+    let counts = names.map(|name| netns.tcp_counter(name).unwrap_or(0));
     ensure!(counts.iter().sum::<u64>() > 0, "no data was in a SYN, so the test proves nothing: {counts:?}");
     println!("{names:?}: {counts:?}");
     Ok(())
-}
-
-/// A number of `/proc/net/netstat`, which has a line of names above each line of values.
-fn tcp_ext(statistics: &str, name: &str) -> Option<u64> {
-    let mut lines = statistics.lines().filter(|line| line.starts_with("TcpExt:"));
-    let position = lines.next()?.split_whitespace().position(|found| found == name)?;
-    lines.next()?.split_whitespace().nth(position)?.parse().ok()
 }
 
 #[test]

@@ -130,6 +130,10 @@ counters! {
     DeadReplyFailed = 49, "dead-reply-failed";
     /// The gate dropped a packet with bytes because the server set `SO_RCVLOWAT`; its sender will repeat it.
     GateLowWater = 50, "gate-low-water";
+    /// A tagged connection's caller is a process on this host, and known.
+    CallerJoined = 51, "caller-joined";
+    /// A tagged connection's caller is not known: it is elsewhere, outside of the cgroup, or was forgotten.
+    CallerUnknown = 52, "caller-unknown";
 }
 
 /// Size of `COUNTERS`.

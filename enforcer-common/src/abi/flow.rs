@@ -1,6 +1,6 @@
 //! Flow records.
 
-use super::{EndpointKey, assert_layout};
+use super::{Caller, EndpointKey, assert_layout};
 use crate::head::{LAYOUT_WORDS, Layout};
 
 /// Layouts of heads that a flow remembers: an agent's calls come in a few shapes.
@@ -59,8 +59,6 @@ pub struct Flow {
     pub netns_cookie: u64,
     /// `CLOCK_BOOTTIME` of the tag, in nanoseconds.
     pub opened_ns: u64,
-    /// Cgroup of the caller where it is known, else 0.
-    pub caller_cgroup_id: u64,
     /// Requests that the kernel refused itself.
     pub refused: u64,
     /// Requests handed to the daemon.
@@ -73,18 +71,20 @@ pub struct Flow {
     pub peer: EndpointKey,
     /// Which grants are no longer in `grants`: bit `n` stands for all whose [`super::grant_bit`] is `n`.
     pub evicted_grants: u64,
-    /// Uid of the caller where it is known, else `u32::MAX`.
-    pub caller_uid: u32,
     /// Interface that the server's socket is bound to; 0: none.
     pub interface: u32,
     /// Bytes that were dropped without waking the server; the kernel goes on counting them as unread. Wraps.
     pub swallowed_bytes: u32,
     /// Sequence number of the client's next byte that the judge has not seen.
     pub next_byte_seq: u32,
+    /// Zero.
+    pub zero: u32,
     /// The key that the record is kept under.
     pub cookie: u64,
     /// What the last hand-back left for the judge.
     pub handed: Handed,
+    /// Who is calling.
+    pub caller: Caller,
 }
 
 /// What a hand-back tells the judge, which makes it its own when it next runs: [`crate::flow::settle`].
@@ -126,23 +126,23 @@ impl Flow {
         chunked: 0,
         netns_cookie: 0,
         opened_ns: 0,
-        caller_cgroup_id: 0,
         refused: 0,
         punts: 0,
         punted_bytes: 0,
         local: NOWHERE,
         peer: NOWHERE,
         evicted_grants: 0,
-        caller_uid: u32::MAX,
         interface: 0,
         swallowed_bytes: 0,
         next_byte_seq: 0,
+        zero: 0,
         cookie: 0,
         handed: Handed { remaining_bytes: 0, chunked: 0, grant_serial: 0, write_seq_mark: 0, flags: 0 },
+        caller: Caller::UNKNOWN,
     };
 }
-assert_layout!(Flow, 384, [
-    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, caller_cgroup_id: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, caller_uid: u32, interface: u32, swallowed_bytes: u32, next_byte_seq: u32, cookie: u64, handed: Handed,
+assert_layout!(Flow, 424, [
+    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, interface: u32, swallowed_bytes: u32, next_byte_seq: u32, zero: u32, cookie: u64, handed: Handed, caller: Caller,
 ]);
 
 /// Size of `FLOWS`.

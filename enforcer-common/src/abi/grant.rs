@@ -23,12 +23,11 @@ pub const VERDICT_PUBLIC: u32 = 3;
 /// What was decided about a head: `VERDICTS`, an LRU hash by [`HeadDigest`]. Writer and deleter: the daemon.
 /// Reader: judge. 65,536 entries; an evicted verdict is a miss, so the head is judged again.
 ///
-/// An LRU hash hands an element that was replaced or evicted on to another key at once. So the value says itself whose it is: a reader
-/// copies the fields and looks at `digest` last.
+/// In the map it is [`super::Sealed`].
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// Its key. First, because the kernel copies a value in ascending order.
+    /// Its key.
     pub digest: HeadDigest,
     /// `VERDICT_*`.
     pub kind: u32,

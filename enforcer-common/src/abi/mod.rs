@@ -3,6 +3,7 @@
 //! All are `#[repr(C)]`, made of integers only, without implicit padding; size and offsets are asserted beside
 //! each type. [`ABI_VERSION`] is stored in the configuration map; whoever writes the maps checks it first.
 
+mod caller;
 mod config;
 mod counter;
 mod endpoint;
@@ -12,7 +13,9 @@ mod label;
 mod punt;
 mod reply;
 mod revocation;
+mod sealed;
 
+pub use caller::*;
 pub use config::*;
 pub use counter::*;
 pub use endpoint::*;
@@ -22,9 +25,10 @@ pub use label::*;
 pub use punt::*;
 pub use reply::*;
 pub use revocation::*;
+pub use sealed::*;
 
 /// Version of everything in this module. It moves when a layout or the meaning of a field does.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Names of the maps, as the loader, the pins and the CLI know them.
 pub mod map {
@@ -71,6 +75,11 @@ pub mod map {
     /// nanoseconds, at which it was seen. Writers: gate and tag_flow. Reader: gate. Nobody deletes.
     pub const HOLD: &str = "HOLD";
 
+    /// Callers in their own `connect`.
+    pub const CONNECTING: &str = "CONNECTING";
+    /// Callers whose connections are on their way.
+    pub const CALLERS: &str = "CALLERS";
+
     /// All of them: what is pinned.
     pub const ALL: &[&str] = &[
         CONFIG,
@@ -93,6 +102,8 @@ pub mod map {
         REVOCATIONS,
         REVOCATION_STATE,
         HOLD,
+        CONNECTING,
+        CALLERS,
     ];
 }
 

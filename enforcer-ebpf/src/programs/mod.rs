@@ -1,6 +1,8 @@
 //! One file per hook, and the parts that they are made of.
 
+pub(crate) mod caller;
 pub(crate) mod chunked;
+pub(crate) mod connect;
 pub(crate) mod gate;
 pub(crate) mod hold;
 pub(crate) mod inject;

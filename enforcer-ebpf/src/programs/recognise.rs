@@ -2,7 +2,7 @@
 
 use core::mem::MaybeUninit;
 
-use enforcer_common::abi::{Counter, FLOW_LAYOUTS, Flow, HeadDigest, Verdict};
+use enforcer_common::abi::{Counter, FLOW_LAYOUTS, Flow, HeadDigest, Verdict, is_verdict_of};
 use enforcer_common::digest::{self, DigestKey};
 use enforcer_common::head::{
     HEAD_MAX_BYTES, HeadBuf, HeadInfo, Layout, MAX_BLOCKS, Miss, Scan, Step, mask_value, mask_with, may_have,
@@ -165,8 +165,7 @@ extern "C" fn mask_range(buf: *mut HeadBuf, from: u32, to: u32) -> u32 {
 
 /// Copies the verdict of a digest; 0: there is none. A global function, as above.
 ///
-/// The element may become another head's while it is read, if this program is interrupted: the map hands it on at once. Its digest, which
-/// is written first and read last, tells.
+/// The element may become another head's while it is read: see [`enforcer_common::abi::Sealed`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn verdict_of(digest: *const HeadDigest, out: *mut Verdict) -> u32 {
@@ -179,10 +178,9 @@ extern "C" fn verdict_of(digest: *const HeadDigest, out: *mut Verdict) -> u32 {
         // A copy on this stack: 6.1 takes no other memory for a map's key.
         let digest = digest.read_volatile();
         let Some(found) = VERDICTS.get_ptr(digest) else { return 0 };
-        out.write(found.read_volatile());
-        let lo = (&raw const (*found).digest.lo).read_volatile();
-        let hi = (&raw const (*found).digest.hi).read_volatile();
-        u32::from(lo == digest.lo && hi == digest.hi)
+        out.write((&raw const (*found).value).read_volatile());
+        let check = (&raw const (*found).check).read_volatile();
+        u32::from(is_verdict_of(&*out, check, &digest))
     }
 }
 

@@ -1,9 +1,11 @@
-//! `sock_ops` on a cgroup: guards each connection that a protected endpoint accepts, before its first byte can be read.
+//! `sock_ops` on a cgroup: guards each connection that a protected endpoint accepts, before its first byte can be read, and knows who made
+//! it where that was a process of the cgroup.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG,
-    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
+    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+    bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_hash_update, bpf_sock_ops_cb_flags_set,
@@ -16,6 +18,7 @@ use enforcer_common::abi::{
 };
 use enforcer_common::flow::{Ctl, State};
 
+use super::caller;
 use super::hold;
 use super::punt::{self, Event};
 use crate::kernel::{CtlCell, config, count, now_ns};
@@ -31,7 +34,11 @@ static BLANK: Flow = Flow::BLANK;
 #[sock_ops]
 fn tag_flow(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(&ctx),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => caller::publish(&ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            established(&ctx);
+            caller::identify(&ctx);
+        }
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => closed(&ctx),
         // A client that gets an answer and acknowledges nothing.
         BPF_SOCK_OPS_RTO_CB => find_out(&ctx),
@@ -40,6 +47,8 @@ fn tag_flow(ctx: SockOpsContext) -> u32 {
     1
 }
 
+/// A function of its own: what it keeps on the stack comes not on top of what the others do.
+#[inline(never)]
 fn established(ctx: &SockOpsContext) {
     let Some(local) = local(ctx) else { return };
     // A copy: whoever replaces the entry replaces it as a whole.
@@ -178,7 +187,7 @@ pub(crate) fn endpoint(local: EndpointKey) -> Option<&'static Endpoint> {
 }
 
 #[inline(always)]
-fn local(ctx: &SockOpsContext) -> Option<EndpointKey> {
+pub(super) fn local(ctx: &SockOpsContext) -> Option<EndpointKey> {
     let port = ctx.local_port() as u16;
     match ctx.family() {
         AF_INET => Some(v4(ctx.local_ip4(), port)),
@@ -188,7 +197,7 @@ fn local(ctx: &SockOpsContext) -> Option<EndpointKey> {
 }
 
 #[inline(always)]
-fn peer(ctx: &SockOpsContext) -> EndpointKey {
+pub(super) fn peer(ctx: &SockOpsContext) -> EndpointKey {
     // The port is in network order, in the upper half of a word that is in network order too.
     let port = u32::from_be(ctx.remote_port()) as u16;
     if ctx.family() == AF_INET { v4(ctx.remote_ip4(), port) } else { v6(ctx.remote_ip6(), port) }

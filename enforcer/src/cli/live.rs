@@ -44,7 +44,9 @@ pub(super) fn flows(live: &Live) -> Result<BTreeMap<u64, Flow>, LiveError> {
 /// All verdicts.
 pub(super) fn verdicts(live: &Live) -> Result<BTreeMap<HeadDigest, Verdict>, LiveError> {
     let walk = live.verdicts.iter().take(2 * MAX_VERDICTS as usize);
-    walk.collect::<Result<_, _>>().map_err(failed_map(map::VERDICTS))
+    walk.map(|entry| entry.map(|(digest, sealed)| (digest, sealed.value)))
+        .collect::<Result<_, _>>()
+        .map_err(failed_map(map::VERDICTS))
 }
 
 /// The grants in use, by slot.

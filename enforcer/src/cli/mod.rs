@@ -99,6 +99,11 @@ enum Command {
     /// STATE: head (a request is expected), body and chunked (of an allowed request), punted (the daemon has it), discard
     /// (the body of a refused request), dead (nothing passes), opaque (observe mode: can't be followed).
     Flows,
+    /// Which workloads on this host have connections open, and what they were recognised by
+    ///
+    /// FROM: pod, container or unit (read from the cgroup's path), path (the path says nothing), gone (the cgroup was removed). Callers on
+    /// other hosts, and those outside of the guarded cgroup, are unknown.
+    Workloads,
     /// What was decided about the request heads that the kernel knows
     ///
     /// Heads are shown by a fingerprint. STATE: current, or why the kernel would ask the daemon again.
@@ -177,6 +182,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Status => view::status(&global),
         Command::Servers => view::servers(&global),
         Command::Flows => view::flows(&global),
+        Command::Workloads => view::workloads(&global),
         Command::Verdicts => view::verdicts(&global),
         Command::Grants => view::grants(&global),
         Command::Counters(command) => view::counters(&global, command.all),

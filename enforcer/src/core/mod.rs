@@ -104,7 +104,7 @@ pub trait Datapath {
     /// Whether the flow still has a record.
     fn flow_exists(&mut self, cookie: u64) -> bool;
 
-    /// The client's address, for the log.
+    /// The client's address, and the workload and process where they are known, for the log.
     fn peer(&mut self, cookie: u64) -> String;
 
     /// Writes a verdict.

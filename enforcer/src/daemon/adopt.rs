@@ -14,7 +14,7 @@ use super::reload::{Old, build, report, tell};
 use super::revocations::State;
 use super::setup::Up;
 use crate::core::{Datapath as _, Endpoints, Engine, Numbers, Orphan, Secrets};
-use crate::datapath::{self, GATE_PIN, Injectors, LINK_PIN, LiveError, Maps, PinDir};
+use crate::datapath::{self, Injectors, LINKS, LiveError, Maps, PinDir};
 use crate::keys::KeyManagerHandle;
 use crate::lifecycle::start::Ours;
 use crate::policy::{self, Policy, PolicyText};
@@ -91,7 +91,7 @@ pub(super) fn adopt(
     let orphans = orphans(&maps)?;
     let ring = Maps::punts(pins)?;
     let injectors = Injectors::new(&mut maps)?;
-    let links = [LINK_PIN, GATE_PIN].map(|name| PinnedLink::from_pin(pins.pin(name)));
+    let links = LINKS.map(|(_, link)| PinnedLink::from_pin(pins.pin(link)));
     let links = links.into_iter().collect::<Result<_, _>>().context("cannot hold the links")?;
 
     let fingerprint_key = maps.daemon_state()?.fingerprint_key;

@@ -14,7 +14,9 @@ use tracing::{debug, error, warn};
 use crate::cli::format;
 use crate::core::{Datapath, Doomed, DoomedQueue, HandBack};
 use crate::datapath::{Injectors, LiveError, Maps, NamespaceSearch, Searched, SocketDestroyer};
+use crate::lifecycle::paths;
 use crate::revocation::Revocations;
+use crate::workload::{Workloads, comm};
 
 /// Why the kernel did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +53,8 @@ pub(super) struct Kernel {
     links: Vec<PinnedLink>,
     doomed: DoomedQueue,
     unsettled: Option<Unsettled>,
+    /// None: there is no hierarchy to look in.
+    workloads: Option<Workloads>,
 }
 
 /// A policy that the maps do not name yet.
@@ -73,6 +77,7 @@ impl Kernel {
             links: Vec::new(),
             doomed: DoomedQueue::default(),
             unsettled: None,
+            workloads: paths::cgroup2_root().ok().map(Workloads::new),
         })
     }
 
@@ -276,9 +281,14 @@ impl Datapath for Kernel {
     }
 
     fn peer(&mut self, cookie: u64) -> String {
-        match self.maps.live.flows.get(&cookie, 0) {
-            Ok(flow) => format::socket(&flow.peer),
-            Err(_) => "gone".into(),
+        let Ok(flow) = self.maps.live.flows.get(&cookie, 0) else { return "gone".into() };
+        let address = format::socket(&flow.peer);
+        match self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&flow.caller)) {
+            Some(workload) => {
+                let (pid, uid) = (flow.caller.pid, flow.caller.uid);
+                format!("{address} ({}, {}[{pid}], uid {uid})", workload.name(), comm(&flow.caller))
+            }
+            None => address,
         }
     }
 

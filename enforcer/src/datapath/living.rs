@@ -6,7 +6,7 @@ use std::path::Path;
 use enforcer_common::abi::{DaemonState, map};
 use ring::digest::{SHA256, digest};
 
-use super::{EBPF_OBJECT, GATE_PIN, LINK_PIN, Maps, PinDir, sys};
+use super::{EBPF_OBJECT, GUARDING, LINKS, Maps, PinDir, sys};
 
 /// An enforcement that an earlier daemon left in the kernel.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -15,8 +15,10 @@ pub struct Living {
     pub abi_version: Option<u32>,
     /// Every map has the layout that this program knows.
     pub complete: bool,
-    /// Cgroup that its links are attached to; `None`: one is missing, or its cgroup is gone.
+    /// Cgroup that all its links are attached to; `None`: one is missing, or its cgroup is gone.
     pub cgroup_id: Option<u64>,
+    /// Programs in this directory tag and gate connections.
+    pub guards: bool,
     /// What its daemon left to the next one.
     pub state: Option<DaemonState>,
 }
@@ -35,15 +37,10 @@ impl Living {
         Some(Self {
             abi_version,
             complete: maps.is_some(),
-            cgroup_id: cgroup_id(pins),
+            cgroup_id: cgroup_of(pins, LINKS),
+            guards: cgroup_of(pins, GUARDING).is_some(),
             state: maps.and_then(|maps| maps.daemon_state().ok()),
         })
-    }
-
-    /// Whether programs in this directory tag and gate connections.
-    #[must_use]
-    pub fn is_attached(&self) -> bool {
-        self.cgroup_id.is_some()
     }
 }
 
@@ -51,11 +48,11 @@ fn first_word(pin: &Path) -> Option<u32> {
     sys::first_word(sys::open(pin).ok()?.as_fd()).ok()
 }
 
-/// The cgroup of both links.
-fn cgroup_id(pins: &PinDir) -> Option<u64> {
-    let cgroup_of = |name: &str| attached_cgroup(&pins.pin(name)).ok().flatten();
-    let (tag_flow, gate) = (cgroup_of(LINK_PIN)?, cgroup_of(GATE_PIN)?);
-    (tag_flow == gate).then_some(tag_flow)
+/// The cgroup that all these links are attached to.
+fn cgroup_of<const N: usize>(pins: &PinDir, links: [(&str, &str); N]) -> Option<u64> {
+    let mut all = links.iter().map(|(_, link)| attached_cgroup(&pins.pin(link)).ok().flatten());
+    let first = all.next()??;
+    all.all(|cgroup| cgroup == Some(first)).then_some(first)
 }
 
 /// Id of the cgroup that the link pinned at `pin` is attached to; nothing if that cgroup was removed, which detached the link.

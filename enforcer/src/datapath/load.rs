@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, SockHash, SockMap};
 use aya::programs::{
-    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, SkSkb, SockOps,
+    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, Program, ProgramError, SkSkb, SockOps,
     links::{FdLink, PinnedLink},
 };
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use enforcer_common::abi::map;
 
-use super::{EBPF_OBJECT, GATE_PIN, LINK_PIN, OffsetError, PinDir, TcpOffsets, sys};
+use super::{EBPF_OBJECT, LINKS, OffsetError, PinDir, TcpOffsets, sys};
 
 /// Why the programs are not in the kernel. Whatever had been done before the error was undone.
 #[derive(Debug, thiserror::Error)]
@@ -134,7 +134,7 @@ fn load_into(pins: &PinDir) -> Result<Ebpf, LoadError> {
 /// See [`LoadError`]. Some programs may have been replaced then; the others guard as before.
 pub fn replace(pins: &PinDir) -> Result<(), LoadError> {
     let mut ebpf = load_programs(pins)?;
-    for (name, link) in [("tag_flow", LINK_PIN), ("gate", GATE_PIN)] {
+    for (name, link) in LINKS {
         let path = pins.pin(link);
         let link = sys::open(&path).map_err(|error| pin_error(&path, &error))?;
         let program =
@@ -179,6 +179,10 @@ fn load_programs(pins: &PinDir) -> Result<Ebpf, LoadError> {
         let program: &mut SkSkb = program(&mut ebpf, name)?;
         program.load().map_err(|source| LoadError::Program { name, source })?;
     }
+    for name in ["connect4", "connect6"] {
+        let program: &mut CgroupSockAddr = program(&mut ebpf, name)?;
+        program.load().map_err(|source| LoadError::Program { name, source })?;
+    }
     let tag_flow: &mut SockOps = program(&mut ebpf, "tag_flow")?;
     tag_flow.load().map_err(|source| LoadError::Program { name: "tag_flow", source })?;
     let gate: &mut CgroupSkb = program(&mut ebpf, "gate")?;
@@ -210,7 +214,7 @@ fn attach_to_sockets(ebpf: &mut Ebpf, pins: &PinDir) -> Result<(), LoadError> {
 }
 
 /// The programs that are pinned.
-const PROGRAMS: &[&str] = &["judge", "inject", "tag_flow", "gate"];
+const PROGRAMS: &[&str] = &["judge", "inject", "connect4", "connect6", "tag_flow", "gate"];
 
 fn pin_of(program: &str) -> String {
     format!("prog_{program}")
@@ -235,6 +239,28 @@ fn pin_error(path: &Path, error: &dyn std::error::Error) -> LoadError {
     LoadError::Pin { path: path.to_owned(), reason: chain(error) }
 }
 
+/// Attaches a program to the cgroup. No flag: a link always shares its cgroup with others, and the kernel refuses to be told so.
+fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<FdLink, LoadError> {
+    let failed = |source| LoadError::Program { name, source };
+    let link = match any_program(ebpf, name)? {
+        Program::CgroupSockAddr(connect) => {
+            let link = connect.attach(cgroup, CgroupAttachMode::Single).map_err(failed)?;
+            FdLink::try_from(connect.take_link(link).map_err(failed)?)
+        }
+        Program::SockOps(tag_flow) => {
+            let link = tag_flow.attach(cgroup, CgroupAttachMode::Single).map_err(failed)?;
+            FdLink::try_from(tag_flow.take_link(link).map_err(failed)?)
+        }
+        Program::CgroupSkb(gate) => {
+            let ingress = CgroupSkbAttachType::Ingress;
+            let link = gate.attach(cgroup, ingress, CgroupAttachMode::Single).map_err(failed)?;
+            FdLink::try_from(gate.take_link(link).map_err(failed)?)
+        }
+        _ => return Err(LoadError::Missing(name)),
+    };
+    link.map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))
+}
+
 impl Loaded {
     /// From now on, connections that protected endpoints in `cgroup` accept are guarded.
     ///
@@ -243,24 +269,11 @@ impl Loaded {
     pub fn attach(&mut self, cgroup: &Path) -> Result<(), LoadError> {
         let file =
             File::open(cgroup).map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
-        let pin = self.pins.pin(LINK_PIN);
-        let tag_flow: &mut SockOps = program(&mut self.ebpf, "tag_flow")?;
-        let failed = |source| LoadError::Program { name: "tag_flow", source };
-        // No flag: a link always shares its cgroup with others, and the kernel refuses to be told so.
-        let link = tag_flow.attach(&file, CgroupAttachMode::Single).map_err(failed)?;
-        let link = tag_flow.take_link(link).map_err(failed)?;
-        let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
-        self.links.push(link.pin(&pin).map_err(|error| pin_error(&pin, &error))?);
-
-        // After the tags: every connection from here on has a record that lets it through.
-        let pin = self.pins.pin(GATE_PIN);
-        let gate: &mut CgroupSkb = program(&mut self.ebpf, "gate")?;
-        let failed = |source| LoadError::Program { name: "gate", source };
-        let link =
-            gate.attach(&file, CgroupSkbAttachType::Ingress, CgroupAttachMode::Single).map_err(failed)?;
-        let link = gate.take_link(link).map_err(failed)?;
-        let link = FdLink::try_from(link).map_err(|_| LoadError::Missing("cgroup links (Linux 5.7)"))?;
-        self.links.push(link.pin(&pin).map_err(|error| pin_error(&pin, &error))?);
+        for (name, pin) in LINKS {
+            let link = attach(&mut self.ebpf, name, &file)?;
+            let pin = self.pins.pin(pin);
+            self.links.push(link.pin(&pin).map_err(|error| pin_error(&pin, &error))?);
+        }
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
     ABI_VERSION, Config, Counter, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest,
-    MAX_FLOWS, ReasonName, Reply, Revocation, ServerLabel, Verdict, map, text,
+    MAX_FLOWS, ReasonName, Reply, Revocation, Sealed, ServerLabel, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
 
@@ -53,7 +53,7 @@ pub struct Live {
     /// Flows by cookie.
     pub flows: HashMap<MapData, u64, Flow>,
     /// Verdicts by head digest.
-    pub verdicts: HashMap<MapData, HeadDigest, Verdict>,
+    pub verdicts: HashMap<MapData, HeadDigest, Sealed<Verdict>>,
     /// Grants by slot.
     pub grants: Array<MapData, Grant>,
     /// Labels of grants by slot.
@@ -266,7 +266,7 @@ impl Maps {
     /// See [`LiveError`].
     pub fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), LiveError> {
         let failed = |source| LiveError::Map { name: map::VERDICTS, source };
-        self.live.verdicts.insert(digest, verdict, 0).map_err(failed)
+        self.live.verdicts.insert(digest, Sealed::new(verdict), 0).map_err(failed)
     }
 
     /// Writes a grant.

@@ -36,9 +36,17 @@ pub const PIN_NAME: &str = "enforcer";
 pub const LINK_PIN: &str = "link_tag_flow";
 
 /// Pin of the gate's link.
-pub const GATE_PIN: &str = "link_gate";
+const GATE_PIN: &str = "link_gate";
 
-/// A pin directory: maps by their names, programs as `prog_*`, the link as [`LINK_PIN`].
+/// The programs that are attached to the cgroup, in that order, and the pins of their links. The tags come before the gate: every connection
+/// from then on has a record that lets it through. The callers come before the tags.
+pub(crate) const LINKS: [(&str, &str); 4] =
+    [("connect4", "link_connect4"), ("connect6", "link_connect6"), GUARDING[0], GUARDING[1]];
+
+/// Those that guard; an enforcement of an older version has no others.
+const GUARDING: [(&str, &str); 2] = [("tag_flow", LINK_PIN), ("gate", GATE_PIN)];
+
+/// A pin directory: maps by their names, programs as `prog_*`, links as `link_*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PinDir(PathBuf);
 

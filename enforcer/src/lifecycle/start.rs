@@ -103,7 +103,7 @@ enum Stage {
 /// The file system's, and those of [`unload`].
 pub fn settle(pins: &PinDir) -> Result<(), UnloadError> {
     let (staging, retired) = (pins.staging(), pins.retired());
-    let attached = Living::look(&staging).is_some_and(|living| living.is_attached());
+    let attached = Living::look(&staging).is_some_and(|living| living.guards);
     let stand_in = match stands_in(pins.path().exists(), attached, retired.path().exists()) {
         Some(Stage::Staging) => Some(&staging),
         Some(Stage::Retired) => Some(&retired),
@@ -134,7 +134,13 @@ mod tests {
     }
 
     fn living() -> Living {
-        Living { abi_version: Some(ABI_VERSION), complete: true, cgroup_id: Some(7), state: Some(state()) }
+        Living {
+            abi_version: Some(ABI_VERSION),
+            complete: true,
+            cgroup_id: Some(7),
+            guards: true,
+            state: Some(state()),
+        }
     }
 
     fn is_take_over(living: Living) -> bool {
@@ -193,7 +199,8 @@ mod tests {
     #[test]
     fn a_newer_one_is_left_alone_whatever_else_is_wrong() {
         let found = ABI_VERSION + 1;
-        let newer = Living { abi_version: Some(found), complete: false, cgroup_id: None, state: None };
+        let newer =
+            Living { abi_version: Some(found), complete: false, cgroup_id: None, guards: false, state: None };
         let error = plan(Some(&newer), &OURS, Some(OURS.policy_hash)).unwrap_err();
         assert_eq!(error, Downgrade { found });
         assert!(error.to_string().starts_with("downgrade refused"), "{error}");

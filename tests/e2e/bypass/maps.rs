@@ -101,18 +101,33 @@ impl PinnedMap {
 
     /// Deletes every entry; gives how many there were.
     pub(crate) fn clear(&self) -> Result<usize> {
-        let mut key = vec![0_u8; self.sizes()?.0];
-        for count in 0.. {
-            // Without a key: the first one.
-            let attr = Element { value: key.as_mut_ptr() as u64, ..self.element(&[], &[]) };
-            // SAFETY: the buffer for the key lives through the call and has the map's size.
-            match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &attr) } {
-                Ok(_) => self.delete(&key)?,
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(count),
-                Err(error) => return Err(error).context("next key"),
-            }
+        let mut count = 0;
+        while let Some(key) = self.next_key(&[])? {
+            self.delete(&key)?;
+            count += 1;
         }
-        Ok(0)
+        Ok(count)
+    }
+
+    /// The keys of all entries.
+    pub(crate) fn keys(&self) -> Result<Vec<Vec<u8>>> {
+        let mut keys: Vec<Vec<u8>> = Vec::new();
+        while let Some(key) = self.next_key(keys.last().map_or(&[], Vec::as_slice))? {
+            keys.push(key);
+        }
+        Ok(keys)
+    }
+
+    /// The key that follows this one; the first one, if it is empty.
+    fn next_key(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        let mut next = vec![0_u8; self.sizes()?.0];
+        let attr = Element { value: next.as_mut_ptr() as u64, ..self.element(key, &[]) };
+        // SAFETY: the keys live through the call and have the map's size.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &attr) } {
+            Ok(_) => Ok(Some(next)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error).context("next key"),
+        }
     }
 
     fn element(&self, key: &[u8], value: &[u8]) -> Element {

@@ -74,6 +74,15 @@ impl NetNs {
         Ok(())
     }
 
+    /// One of TCP's counters in there, by its name in `/proc/net/netstat`.
+    ///
+    /// # Errors
+    /// When this kernel has no such counter.
+    pub fn tcp_counter(&self, name: &str) -> Result<u64> {
+        let statistics = self.run(|| std::fs::read_to_string("/proc/thread-self/net/netstat"))??;
+        tcp_counter(&statistics, name).with_context(|| format!("no counter {name}"))
+    }
+
     /// Runs `ip` with these arguments inside.
     ///
     /// # Errors
@@ -92,6 +101,13 @@ impl NetNs {
         );
         Ok(())
     }
+}
+
+/// There is a line of names above each line of values.
+fn tcp_counter(statistics: &str, name: &str) -> Option<u64> {
+    let mut lines = statistics.lines().filter(|line| line.starts_with("TcpExt:"));
+    let position = lines.next()?.split_whitespace().position(|found| found == name)?;
+    lines.next()?.split_whitespace().nth(position)?.parse().ok()
 }
 
 fn enter(namespace: RawFd) -> io::Result<()> {

@@ -75,6 +75,14 @@ impl Connection {
     pub fn open(addr: SocketAddr, timeout: Duration) -> Result<Self> {
         let stream = TcpStream::connect_timeout(&addr, timeout)
             .with_context(|| format!("cannot connect to {addr}"))?;
+        Self::over(stream, timeout)
+    }
+
+    /// Takes a connection that is open.
+    ///
+    /// # Errors
+    /// When its options can't be set.
+    pub fn over(stream: TcpStream, timeout: Duration) -> Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;

@@ -71,7 +71,7 @@ pub(crate) fn test(workspace: &Workspace, options: &Options) -> Result<()> {
         .find(|path| path.is_file())
         .context("the package busybox-static has no busybox")?;
     let images = image::ImageBuilder::new(directory.clone(), busybox);
-    let programs: Vec<PathBuf> = ["enforcer", "enforcer-upstream", "enforcer-mcp"]
+    let programs: Vec<PathBuf> = ["enforcer", "enforcer-upstream", "enforcer-mcp", "enforcer-caller"]
         .iter()
         .map(|name| workspace.binary("debug", name))
         .chain(tests)

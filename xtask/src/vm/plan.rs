@@ -34,6 +34,7 @@ pub(super) const TESTS: &[(&str, &[&str])] = &[
         &["segments::", "reading::a_server_that_turns_kernel_tls_on_gets_nothing_unjudged", "past::"],
     ),
     ("e2e_families", &["ipv6", "ipv4_clients_of_a_dual_stack_listener"]),
+    ("e2e_callers", &["by_cgroup_process_and_user_over_ipv4", "with_data_in_the_syn"]),
     ("e2e_crash", &["after_kill_9_known_heads_go_on_and_unknown_ones_get_503"]),
     (
         "e2e_adopt",

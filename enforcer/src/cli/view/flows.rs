@@ -1,6 +1,7 @@
 //! Flows.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use enforcer_common::abi::{
     Endpoint, EndpointKey, FLOW_OBSERVE, Flow, Grant, GrantLabel, ServerLabel, grant_slot, text_str,
@@ -10,8 +11,9 @@ use serde::Serialize;
 
 use super::servers::names_by_endpoint;
 use super::unguarded::Connection;
-use crate::cli::format::{NONE, age_ms, duration, or_none, socket};
+use crate::cli::format::{NONE, age_ms, duration, ip, or_none, socket};
 use crate::cli::output::{Render, table};
+use crate::workload::{Workload, comm};
 
 /// Everything that rows are made of.
 pub(super) struct Source {
@@ -21,6 +23,10 @@ pub(super) struct Source {
     pub(super) servers: BTreeMap<u32, ServerLabel>,
     pub(super) endpoints: BTreeMap<EndpointKey, Endpoint>,
     pub(super) unguarded: Vec<Connection>,
+    /// Of the callers' cgroups.
+    pub(super) workloads: BTreeMap<u64, Arc<Workload>>,
+    /// Names of the callers' users.
+    pub(super) users: BTreeMap<u32, String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -37,6 +43,11 @@ struct Row {
     netns_cookie: u64,
     client_address: String,
     server_address: String,
+    /// The process that connected. Absent: it is on another host, or not known.
+    caller: Option<CallerRow>,
+    /// What is said in place of a caller.
+    #[serde(skip)]
+    stranger: &'static str,
     endpoint_id: u32,
     /// Servers on this endpoint.
     servers: Vec<String>,
@@ -52,6 +63,21 @@ struct Row {
     punted_bytes: u64,
     /// The grant that the last request used. Absent if there is none, or it is gone.
     last_grant: Option<LastGrant>,
+}
+
+/// A process, as it was when it connected.
+#[derive(Debug, Serialize)]
+struct CallerRow {
+    workload: Arc<Workload>,
+    /// The workload's name for people, and what that was read from.
+    name: String,
+    source: &'static str,
+    pid: u32,
+    uid: u32,
+    /// Absent: this system does not know the user.
+    user: Option<String>,
+    comm: String,
+    netns_cookie: u64,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -77,6 +103,9 @@ impl Flows {
             netns_cookie: flow.netns_cookie,
             client_address: socket(&flow.peer),
             server_address: socket(&flow.local),
+            caller: caller(&source, flow),
+            // From a loopback address it is on this host, but nothing more is known.
+            stranger: if ip(&flow.peer).is_loopback() { "unknown" } else { "address-only" },
             endpoint_id: flow.endpoint_id,
             servers: names.get(&flow.endpoint_id).cloned().unwrap_or_default(),
             state: Ctl(flow.ctl).state_name(),
@@ -94,6 +123,20 @@ impl Flows {
     }
 }
 
+fn caller(source: &Source, flow: &Flow) -> Option<CallerRow> {
+    let workload = Arc::clone(source.workloads.get(&flow.caller.cgroup_id)?);
+    Some(CallerRow {
+        name: workload.name(),
+        source: workload.source(),
+        workload,
+        pid: flow.caller.pid,
+        uid: flow.caller.uid,
+        user: source.users.get(&flow.caller.uid).cloned(),
+        comm: comm(&flow.caller),
+        netns_cookie: flow.caller.netns_cookie,
+    })
+}
+
 fn last_grant(source: &Source, flow: &Flow) -> Option<LastGrant> {
     let slot = last_grant_slot(flow)?;
     let grant = source.grants.get(&slot).filter(|grant| grant.serial == flow.grants[0])?;
@@ -107,6 +150,14 @@ fn last_grant(source: &Source, flow: &Flow) -> Option<LastGrant> {
     })
 }
 
+impl CallerRow {
+    /// `curl[4711]:www-data`.
+    fn process(&self) -> String {
+        let user = self.user.clone().unwrap_or_else(|| self.uid.to_string());
+        format!("{}[{}]:{user}", self.comm, self.pid)
+    }
+}
+
 impl Render for Flows {
     fn text(&self) -> String {
         let rows = self.flows.iter().map(|row| {
@@ -114,6 +165,8 @@ impl Render for Flows {
             [
                 row.cookie.to_string(),
                 row.client_address.clone(),
+                row.caller.as_ref().map_or_else(|| row.stranger.to_owned(), |caller| caller.name.clone()),
+                row.caller.as_ref().map_or_else(|| NONE.to_owned(), CallerRow::process),
                 row.server_address.clone(),
                 or_none(&row.servers.join(",")),
                 row.state.to_owned(),
@@ -129,16 +182,18 @@ impl Render for Flows {
             ]
         });
         let unguarded = self.unguarded.iter().map(|found| {
-            let mut row = [NONE; 14].map(str::to_owned);
+            let mut row = [NONE; 16].map(str::to_owned);
             row[0] = found.cookie.to_string();
             row[1].clone_from(&found.client_address);
-            row[2].clone_from(&found.server_address);
-            "UNGUARDED".clone_into(&mut row[4]);
+            row[4].clone_from(&found.server_address);
+            "UNGUARDED".clone_into(&mut row[6]);
             row
         });
         let header = [
             "COOKIE",
             "CLIENT",
+            "WORKLOAD",
+            "PROCESS",
             "SERVER",
             "NAME",
             "STATE",
@@ -158,10 +213,10 @@ impl Render for Flows {
 
 #[cfg(test)]
 mod tests {
-    use enforcer_common::abi::grant_serial;
+    use enforcer_common::abi::{Caller, grant_serial, text};
     use enforcer_common::flow::State;
 
-    use super::super::testing::{endpoint, flow, grant, label, server, v4};
+    use super::super::testing::{endpoint, flow, grant, label, server, v4, workload};
     use super::*;
 
     fn source() -> Source {
@@ -176,6 +231,7 @@ mod tests {
             refused: 1,
             punts: 1,
             grants: [grant_serial(77, 4), 0, 0, 0],
+            caller: Caller { cgroup_id: 7, pid: 4711, uid: 33, comm: text("agent"), ..Caller::UNKNOWN },
             ..flow(0)
         };
         Source {
@@ -185,6 +241,8 @@ mod tests {
             servers: BTreeMap::from([(0, server("files", "127.0.0.1:80"))]),
             endpoints: BTreeMap::from([endpoint(key, 0)]),
             unguarded: Vec::new(),
+            workloads: BTreeMap::from([(7, workload(7, "/system.slice/agent.service"))]),
+            users: BTreeMap::from([(33, "www-data".to_owned())]),
         }
     }
 
@@ -199,7 +257,7 @@ mod tests {
         let flows = Flows::of(Source { unguarded: vec![unguarded], ..source() }, 64_000_000_000);
         let text = flows.text();
         let last: Vec<_> = text.lines().last().unwrap().split_whitespace().collect();
-        assert_eq!(last[..6], ["77", "192.0.2.9:1", "127.0.0.1:80", "-", "UNGUARDED", "-"]);
+        assert_eq!(last[..8], ["77", "192.0.2.9:1", "-", "-", "127.0.0.1:80", "-", "UNGUARDED", "-"]);
         assert_eq!(serde_json::to_value(&flows).unwrap()["unguarded"][0]["cookie"], 77);
     }
 
@@ -218,6 +276,8 @@ mod tests {
             [
                 "9",
                 "192.0.2.7:5555",
+                "agent.service",
+                "agent[4711]:www-data",
                 "127.0.0.1:80",
                 "files",
                 "punted",
@@ -232,9 +292,12 @@ mod tests {
                 "-"
             ]
         );
-        assert_eq!(lines[1][3..8], ["files", "head", "observe", "1m02s", "-"]);
+        assert_eq!(
+            lines[1][2..10],
+            ["address-only", "-", "127.0.0.1:80", "files", "head", "observe", "1m02s", "-"]
+        );
         // An endpoint that nobody names any more.
-        assert_eq!(lines[2][3], "-");
+        assert_eq!(lines[2][5], "-");
     }
 
     #[test]
@@ -242,6 +305,10 @@ mod tests {
         let json = serde_json::to_value(Flows::of(source(), 64_000_000_000)).unwrap();
         let (old, young) = (&json["flows"][0], &json["flows"][1]);
         assert_eq!(old["age_ms"], 63_000);
+        assert_eq!(old["caller"]["workload"]["unit"], "agent.service");
+        assert_eq!(old["caller"]["workload"]["cgroup_path"], "/system.slice/agent.service");
+        assert_eq!(old["caller"]["user"], "www-data");
+        assert_eq!(young["caller"], serde_json::Value::Null);
         assert_eq!(old["last_grant"]["serial"], grant_serial(77, 4));
         assert_eq!(old["last_grant"]["client_id"], serde_json::Value::Null);
         assert_eq!(young["last_grant"], serde_json::Value::Null);

@@ -10,6 +10,12 @@ mod status;
 mod testing;
 mod unguarded;
 mod verdicts;
+mod workloads;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use enforcer_common::abi::Flow;
 
 use super::exit::{NOT_LOADED, OK};
 use super::format::unix_secs;
@@ -17,7 +23,8 @@ use super::output::print;
 use super::{Global, live};
 use crate::datapath::{LiveError, map_memory};
 use crate::lifecycle::unguarded::find;
-use crate::lifecycle::{Usage, lock};
+use crate::lifecycle::{Usage, lock, paths};
+use crate::workload::{Workload, Workloads, user_name};
 
 pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
     let pins = global.pins();
@@ -61,7 +68,10 @@ pub(super) fn flows(global: &Global) -> anyhow::Result<u8> {
     let live = live::open(global)?;
     let flows = live::flows(&live)?;
     let grants = live::grants_in(&live, flows.values().filter_map(flows::last_grant_slot))?;
+    let (workloads, users) = callers(flows.values());
     let source = flows::Source {
+        workloads,
+        users,
         labels: live::grant_labels(&live, &grants)?,
         grants,
         servers: live::servers(&live)?,
@@ -71,6 +81,30 @@ pub(super) fn flows(global: &Global) -> anyhow::Result<u8> {
     };
     print(global.output, &flows::Flows::of(source, live::now_ns()))?;
     Ok(OK)
+}
+
+pub(super) fn workloads(global: &Global) -> anyhow::Result<u8> {
+    let live = live::open(global)?;
+    let flows = live::flows(&live)?;
+    let (workloads, users) = callers(flows.values());
+    let (servers, endpoints) = (live::servers(&live)?, live::endpoints(&live)?);
+    print(global.output, &workloads::View::of(flows.values(), &workloads, &users, &servers, &endpoints))?;
+    Ok(OK)
+}
+
+/// The workloads and the names of the users that call, as far as they can be seen from here.
+fn callers<'a>(
+    flows: impl Iterator<Item = &'a Flow>,
+) -> (BTreeMap<u64, Arc<Workload>>, BTreeMap<u32, String>) {
+    let mut resolver = paths::cgroup2_root().ok().map(Workloads::new);
+    let (mut workloads, mut users) = (BTreeMap::new(), BTreeMap::<u32, Option<String>>::new());
+    for caller in flows.map(|flow| &flow.caller) {
+        if let Some(workload) = resolver.as_mut().and_then(|resolver| resolver.of_caller(caller)) {
+            workloads.insert(caller.cgroup_id, workload);
+            users.entry(caller.uid).or_insert_with(|| user_name(caller.uid));
+        }
+    }
+    (workloads, users.into_iter().filter_map(|(uid, name)| Some((uid, name?))).collect())
 }
 
 pub(super) fn verdicts(global: &Global) -> anyhow::Result<u8> {

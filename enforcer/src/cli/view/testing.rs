@@ -1,10 +1,14 @@
 //! Map values for tests.
 
+use std::sync::Arc;
+
 use enforcer_common::abi::{
     ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, Flow, Grant, GrantLabel, HeadDigest,
     MODE_ENFORCE, ServerLabel, VERDICT_ALLOW, Verdict, text,
 };
 use enforcer_common::flow::{Ctl, State};
+
+use crate::workload::{Identity, Workload};
 
 pub(super) const NOW_NS: u64 = 100_000_000_000;
 
@@ -102,4 +106,9 @@ pub(super) fn server(name: &str, listen: &str) -> ServerLabel {
         path: text("/mcp"),
         listen: text(listen),
     }
+}
+
+pub(super) fn workload(cgroup_id: u64, path: &str) -> Arc<Workload> {
+    let identity = Identity::of(path);
+    Arc::new(Workload { cgroup_id, cgroup_path: Some(path.to_owned()), identity })
 }

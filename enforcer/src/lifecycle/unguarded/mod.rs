@@ -9,7 +9,7 @@ mod judge;
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use enforcer_common::abi::{EndpointKey, MODE_OBSERVE, map};
@@ -20,6 +20,7 @@ use super::paths;
 use crate::datapath::{
     Dump, LINK_PIN, Live, LiveError, PinDir, SocketDestroyer, TcpSocket, attached_cgroup, tcp_sockets,
 };
+use crate::workload::cgroups;
 
 /// Id of a hierarchy's root.
 const ROOT_CGROUP_ID: u64 = 1;
@@ -189,36 +190,12 @@ fn scope(cgroup_id: u64) -> Result<Scope, UnguardedError> {
         return Ok(Scope::Everything);
     }
     let mut ids = BTreeSet::new();
-    if let Some(top) = find_cgroup(&paths::cgroup2_root()?, cgroup_id) {
-        collect(&top, &mut ids);
+    if let Some((_, top)) = cgroups(&paths::cgroup2_root()?).find(|(id, _)| *id == cgroup_id) {
+        ids.extend(cgroups(&top).map(|(id, _)| id));
     }
     // Also if it is out of sight, in another cgroup namespace say.
     ids.insert(cgroup_id);
     Ok(Scope::Cgroups(ids))
-}
-
-/// The id of a cgroup is the inode number of its directory.
-fn id(directory: &Path) -> Option<u64> {
-    fs::metadata(directory).ok().map(|meta| meta.ino())
-}
-
-fn find_cgroup(directory: &Path, cgroup_id: u64) -> Option<PathBuf> {
-    if id(directory) == Some(cgroup_id) {
-        return Some(directory.to_owned());
-    }
-    children(directory).find_map(|child| find_cgroup(&child, cgroup_id))
-}
-
-fn collect(directory: &Path, ids: &mut BTreeSet<u64>) {
-    ids.extend(id(directory));
-    for child in children(directory) {
-        collect(&child, ids);
-    }
-}
-
-fn children(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
 }
 
 /// Who has a descriptor of the socket with this inode, for people: `nginx (pid 42)`. The first one that is found.

@@ -1,0 +1,127 @@
+//! Who is calling: what the kernel knows of the process that made a connection.
+
+use super::{EndpointKey, assert_layout};
+
+/// The process that connected a socket, as it was in its own call of `connect`. All zero: unknown.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    /// Id of its cgroup (the inode number of its directory in cgroupfs; the kernel gives none out twice); 0: the caller is unknown.
+    pub cgroup_id: u64,
+    /// Network namespace cookie of its socket.
+    pub netns_cookie: u64,
+    /// `CLOCK_BOOTTIME` of the call, in nanoseconds.
+    pub connected_ns: u64,
+    /// Process id (thread group) in the initial namespace. For the log: it may have ended, and its number be another's.
+    pub pid: u32,
+    /// User id in the initial namespace.
+    pub uid: u32,
+    /// Name of the thread, padded with zeros.
+    pub comm: [u8; 16],
+}
+assert_layout!(Caller, 48, [
+    cgroup_id: u64, netns_cookie: u64, connected_ns: u64, pid: u32, uid: u32, comm: [u8; 16],
+]);
+
+impl Caller {
+    /// Nobody knows who it is: it is on another host, or outside of the cgroup that is looked at.
+    pub const UNKNOWN: Self =
+        Self { cgroup_id: 0, netns_cookie: 0, connected_ns: 0, pid: 0, uid: u32::MAX, comm: [0; 16] };
+
+    /// Whether it is known.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_known(&self) -> bool {
+        self.cgroup_id != 0
+    }
+}
+
+/// A caller between `connect` and its SYN, a moment later in the same call: `CONNECTING`, an LRU hash by the client's socket cookie. Writer:
+/// connect. Reader and deleter: sock_ops. 4,096 entries; an evicted one leaves its caller unknown.
+///
+/// In the map it is [`super::Sealed`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connecting {
+    /// Its key.
+    pub cookie: u64,
+    /// The caller.
+    pub caller: Caller,
+}
+assert_layout!(Connecting, 56, [cookie: u64, caller: Caller]);
+
+/// What both ends of a connection know of it before a byte has come, whatever was done to the address that it went to: key of `CALLERS`.
+///
+/// The sequence number tells connections apart that have the same client address in different network namespaces. A client can choose its
+/// own, and may learn that of another: so each connection that begins in the cgroup replaces or removes what is noted under its key.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct JoinKey {
+    /// The client's end.
+    pub client: EndpointKey,
+    /// Sequence number of the client's first byte: its initial one and one more.
+    pub first_byte_seq: u32,
+}
+assert_layout!(JoinKey, 24, [client: EndpointKey, first_byte_seq: u32]);
+
+/// A caller whose SYN is on its way: `CALLERS`, an LRU hash. Writer and deleter: sock_ops, at the client's SYN and when the server's end is
+/// there. 32,768 entries; connections to other places stay until they are evicted. An evicted one leaves its caller unknown. In the map it is
+/// [`super::Sealed`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Joining {
+    /// Its key.
+    pub key: JoinKey,
+    /// The caller.
+    pub caller: Caller,
+}
+assert_layout!(Joining, 72, [key: JoinKey, caller: Caller]);
+
+/// Size of `CONNECTING`.
+pub const MAX_CONNECTING: u32 = 4_096;
+/// Size of `CALLERS`.
+pub const MAX_CALLERS: u32 = 32_768;
+/// How long after its `connect` a caller is believed, in nanoseconds: Linux repeats a SYN for 127 seconds.
+pub const JOIN_MAX_NS: u64 = 130 * 1_000_000_000;
+
+/// Whether what was noted is of the connection with this `key`, and not too old.
+#[must_use]
+#[inline(always)]
+pub fn is_joined(noted: &Joining, key: &JoinKey, now_ns: u64) -> bool {
+    let age_ns = now_ns.wrapping_sub(noted.caller.connected_ns);
+    noted.key.client.addr == key.client.addr
+        && noted.key.client.port == key.client.port
+        && noted.key.client.family == key.client.family
+        && noted.key.first_byte_seq == key.first_byte_seq
+        && age_ns <= JOIN_MAX_NS
+        && noted.caller.is_known()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::FAMILY_V4;
+
+    #[test]
+    fn only_its_own_connection_has_a_caller_and_not_for_ever() {
+        let mut client = EndpointKey { addr: [0; 16], port: 40_000, family: FAMILY_V4, zero: 0 };
+        client.addr[..4].copy_from_slice(&[127, 0, 0, 1]);
+        let key = JoinKey { client, first_byte_seq: 7 };
+        let caller = Caller { cgroup_id: 5, connected_ns: 1_000, ..Caller::UNKNOWN };
+        let noted = Joining { key, caller };
+        assert!(is_joined(&noted, &key, 1_000));
+        assert!(is_joined(&noted, &key, 1_000 + JOIN_MAX_NS));
+        assert!(!is_joined(&noted, &key, 1_001 + JOIN_MAX_NS));
+        // A clock that seems to run backwards is no reason to believe.
+        assert!(!is_joined(&noted, &key, 999));
+        for other in [
+            JoinKey { first_byte_seq: 8, ..key },
+            JoinKey { client: EndpointKey { port: 40_001, ..client }, ..key },
+            JoinKey { client: EndpointKey { addr: [1; 16], ..client }, ..key },
+            JoinKey { client: EndpointKey { family: 6, ..client }, ..key },
+        ] {
+            assert!(!is_joined(&noted, &other, 1_000));
+        }
+        assert!(!is_joined(&Joining { caller: Caller { cgroup_id: 0, ..caller }, ..noted }, &key, 1_000));
+    }
+}

@@ -1,0 +1,102 @@
+//! A client in a process of its own, for tests of who is calling: sends its standard input as one request, tells the status of the answer,
+//! and stays.
+
+use std::io::Read as _;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use enforcer_tests::raw::Connection;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, bind, connect, sendto, setsockopt, socket,
+    sockopt,
+};
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    /// Where to
+    #[arg(long)]
+    to: SocketAddr,
+    /// Address and port to call from
+    #[arg(long)]
+    from: Option<SocketAddr>,
+    /// Send the first request in the SYN
+    #[arg(long)]
+    fast_open: bool,
+    /// Initial sequence number (needs root)
+    #[arg(long)]
+    initial_seq: Option<u32>,
+    /// How often the request is sent, each time when the answer to the last one is there
+    #[arg(long, default_value_t = 1)]
+    times: u32,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let mut request = Vec::new();
+    std::io::stdin().read_to_end(&mut request)?;
+    let family = if arguments.to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    if let Some(from) = arguments.from {
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(from)).context("bind")?;
+    }
+    if let Some(seq) = arguments.initial_seq {
+        choose_initial_seq(&socket, seq)?;
+    }
+    let to = SockaddrStorage::from(arguments.to);
+    let mut sent = 0;
+    if arguments.fast_open {
+        let flag = MsgFlags::from_bits_retain(libc::MSG_FASTOPEN);
+        sent = sendto(socket.as_raw_fd(), &request, &to, flag).context("sendto")?;
+    } else if let Err(error) = connect(socket.as_raw_fd(), &to) {
+        println!("refused {error}");
+        return Ok(());
+    }
+    let mut connection = Connection::over(TcpStream::from(socket), TIMEOUT)?;
+    println!("connected {}", connection.local_addr()?);
+    let times = if request.is_empty() { 0 } else { arguments.times };
+    for _ in 0..times {
+        connection.send(request.get(std::mem::take(&mut sent)..).unwrap_or_default())?;
+        match connection.read_response() {
+            Ok(response) => println!("status {}", response.status),
+            Err(error) => println!("closed {error:#}"),
+        }
+    }
+    println!("staying");
+    loop {
+        thread::sleep(TIMEOUT);
+    }
+}
+
+/// A socket that is repaired keeps the number that it was given (tcp(7), `TCP_REPAIR`).
+fn choose_initial_seq(socket: &OwnedFd, seq: u32) -> Result<()> {
+    const SEND_QUEUE: u32 = 2;
+    for (option, value) in [
+        (libc::TCP_REPAIR, 1),
+        (libc::TCP_REPAIR_QUEUE, SEND_QUEUE),
+        (libc::TCP_QUEUE_SEQ, seq),
+        (libc::TCP_REPAIR, 0),
+    ] {
+        // SAFETY: the value is one integer, which outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                option,
+                (&raw const value).cast(),
+                size_of::<u32>() as libc::socklen_t,
+            )
+        };
+        if result != 0 {
+            return Err(std::io::Error::last_os_error()).context("TCP_REPAIR");
+        }
+    }
+    Ok(())
+}
