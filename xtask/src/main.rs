@@ -145,7 +145,7 @@ enum Elsewhere {
         #[arg(long, value_name = "FILE", conflicts_with = "kernels")]
         markdown: Option<PathBuf>,
         /// Wall-clock limit of each guest, in seconds; a guest over it is ended.
-        #[arg(long, value_name = "SECONDS", default_value_t = 900, value_parser = clap::value_parser!(u64).range(1..))]
+        #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..))]
         guest_limit_s: u64,
         /// Ask no archive: take what was downloaded before.
         #[arg(long)]
