@@ -175,6 +175,16 @@ fn callers_with_one_address_and_port_in_two_namespaces_are_told_apart() -> Resul
         assert_eq!(flow["caller"]["netns_cookie"], flow["netns_cookie"]);
     }
     assert_ne!(flows[0]["netns_cookie"], flows[1]["netns_cookie"]);
+    // A note that nobody took, of a connection elsewhere in the one, is not for one from that address and port in the other.
+    let from = SocketAddr::from((Ipv4Addr::LOCALHOST, 40_405));
+    let elsewhere = places[1].run(|| std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
+    let place = Place { netns: Some(&places[1]), ..Place::root(&cgroups[1]) };
+    let _noted = place.call(elsewhere.local_addr()?, &["--from", &from.to_string()], b"")?;
+    assert_eq!(noted_seqs(&guarded)?.len(), 1);
+    let outside = Cgroup::new("callersns-outside")?;
+    let place = Place { netns: Some(&places[0]), ..Place::root(&outside) };
+    let stranger = place.call(server, &["--from", &from.to_string()], &request)?;
+    assert_eq!(flow_of(&guarded, stranger.local)?["caller"], Value::Null);
     Ok(())
 }
 
