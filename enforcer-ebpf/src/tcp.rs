@@ -1,6 +1,6 @@
 //! What the kernel knows of a TCP socket, read from its own structures.
 
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, bpf_sock_ops};
 use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
 use core::ffi::c_void;
 use enforcer_common::abi::Flow;
@@ -49,9 +49,17 @@ pub(crate) fn of_skb(skb: *mut __sk_buff) -> Option<*const u8> {
     }
 }
 
+/// The kernel's record of the TCP socket that a `sock_ops` program is called for.
+#[inline(always)]
+pub(crate) fn of_sock_ops(ops: *mut bpf_sock_ops) -> Option<*const u8> {
+    // SAFETY: the verifier checks the context access, and that the pointer is compared with null.
+    let sk = unsafe { (*ops).__bindgen_anon_2.sk };
+    if sk.is_null() { None } else { of(sk.cast()) }
+}
+
 /// The kernel's record of a socket, if it is one of TCP.
 #[inline(always)]
-pub(crate) fn of(sk: *mut c_void) -> Option<*const u8> {
+fn of(sk: *mut c_void) -> Option<*const u8> {
     // SAFETY: the verifier checks that the pointer is a socket, and that the result is compared with null.
     let tcp = unsafe { bpf_skc_to_tcp_sock(sk).cast::<u8>() };
     if tcp.is_null() { None } else { Some(tcp) }

@@ -23,12 +23,7 @@ pub(super) fn publish(ctx: &SockOpsContext) {
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let Some(client) = local(ctx) else { return };
-    // SAFETY: the verifier checks the context access, and that the pointer is compared with null.
-    let sk = unsafe { (*ctx.as_ptr().cast::<bpf_sock_ops>()).__bindgen_anon_2.sk };
-    if sk.is_null() {
-        return;
-    }
-    let Some(tcp) = tcp::of(sk.cast()) else { return };
+    let Some(tcp) = tcp::of_sock_ops(ctx.as_ptr().cast()) else { return };
     let (initial_seq, _acknowledged) = tcp::sequences(tcp);
     let key = JoinKey { client, first_byte_seq: initial_seq.wrapping_add(1) };
     let Some(noted) = CONNECTING.get_ptr(cookie) else {

@@ -144,12 +144,7 @@ fn find_out(ctx: &SockOpsContext) {
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let Some(flow) = FLOWS.get_ptr_mut(cookie) else { return };
-    // SAFETY: the verifier checks the context access, and that the pointer is compared with null.
-    let sk = unsafe { (*ctx.as_ptr().cast::<bpf_sock_ops>()).__bindgen_anon_2.sk };
-    if sk.is_null() {
-        return;
-    }
-    let Some(tcp) = tcp::of(sk.cast()) else { return };
+    let Some(tcp) = tcp::of_sock_ops(ctx.as_ptr().cast()) else { return };
     // SAFETY: a valid map value, which only this program removes.
     let flow = unsafe { &mut *flow };
     if hold::reads_past(tcp, flow) {

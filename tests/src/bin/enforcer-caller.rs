@@ -26,15 +26,12 @@ struct Arguments {
     /// Address and port to call from
     #[arg(long)]
     from: Option<SocketAddr>,
-    /// Send the first request in the SYN
+    /// Send the request in the SYN
     #[arg(long)]
     fast_open: bool,
     /// Initial sequence number (needs root)
     #[arg(long)]
     initial_seq: Option<u32>,
-    /// How often the request is sent, each time when the answer to the last one is there
-    #[arg(long, default_value_t = 1)]
-    times: u32,
 }
 
 fn main() -> Result<()> {
@@ -61,9 +58,8 @@ fn main() -> Result<()> {
     }
     let mut connection = Connection::over(TcpStream::from(socket), TIMEOUT)?;
     println!("connected {}", connection.local_addr()?);
-    let times = if request.is_empty() { 0 } else { arguments.times };
-    for _ in 0..times {
-        connection.send(request.get(std::mem::take(&mut sent)..).unwrap_or_default())?;
+    if !request.is_empty() {
+        connection.send(request.get(sent..).unwrap_or_default())?;
         match connection.read_response() {
             Ok(response) => println!("status {}", response.status),
             Err(error) => println!("closed {error:#}"),
