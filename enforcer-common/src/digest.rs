@@ -1,4 +1,4 @@
-//! The keyed digest of a request head: a multilinear hash of its masked bytes, taken as 64-bit words, and the same of the words with
+//! The keyed digest of a request head: a multilinear hash of its masked bytes, its layout and its origin, taken as 64-bit words, and the same of the words with
 //! their bytes reversed, each with keys of its own.
 //!
 //! For every word `w` at position `i`: `lo += w * key[i]` and `hi += reversed(w) * key[i + 1]`, modulo 2^64. Two multiplications,
@@ -13,15 +13,15 @@
 //! a digest or the key, only whether a head was known; each try costs a request. The key is drawn anew at each load and only root can
 //! read it.
 
-use crate::abi::HeadDigest;
+use crate::abi::{HeadDigest, ORIGIN_WORDS, Origin};
 use crate::head::{HEAD_MAX_BYTES, HeadBuf, LAYOUT_WORDS, Layout};
 
 /// Bytes that are absorbed at a time.
 const BLOCK_BYTES: u32 = 64;
 /// Words of a head.
 const HEAD_WORDS: usize = HEAD_MAX_BYTES / 8;
-/// Words of the secret key: one for each word of the head, of its layout, for the endpoint, and one more.
-pub const KEY_WORDS: usize = HEAD_WORDS + LAYOUT_WORDS + 2;
+/// Words of the secret key: one for each word of the head, of its layout, of its origin, and one more.
+pub const KEY_WORDS: usize = HEAD_WORDS + LAYOUT_WORDS + ORIGIN_WORDS + 1;
 
 /// The secret key: `DIGEST_KEY`, an array of one.
 #[repr(C, align(8))]
@@ -43,7 +43,7 @@ const fn absorb(digest: &mut HeadDigest, word: u64, one: u64, two: u64) {
 
 /// The digest of a head whose values were masked ([`crate::head::mask`]). Clears what follows the head in its last block.
 #[inline(always)]
-pub fn of_head(buf: &mut HeadBuf, layout: &Layout, key: &DigestKey, endpoint_id: u32) -> HeadDigest {
+pub fn of_head(buf: &mut HeadBuf, layout: &Layout, key: &DigestKey, origin: &Origin) -> HeadDigest {
     let head_bytes = layout.head_bytes();
     buf.clear_tail(head_bytes);
     let mut digest = HeadDigest { lo: 0, hi: 0 };
@@ -72,7 +72,11 @@ pub fn of_head(buf: &mut HeadBuf, layout: &Layout, key: &DigestKey, endpoint_id:
         absorb(&mut digest, layout.words[k], key.words[at], key.words[at + 1]);
         k += 1;
     }
-    let at = HEAD_WORDS + LAYOUT_WORDS;
-    absorb(&mut digest, u64::from(endpoint_id) + 1, key.words[at], key.words[at + 1]);
+    k = 0;
+    while k < ORIGIN_WORDS {
+        let at = HEAD_WORDS + LAYOUT_WORDS + k;
+        absorb(&mut digest, origin.words[k], key.words[at], key.words[at + 1]);
+        k += 1;
+    }
     digest
 }

@@ -4,6 +4,7 @@
 //! - [`head`] and [`digest`]: where a request head ends, how long its body is, and its keyed digest.
 //! - [`chunked`]: the framing of a chunked body.
 //! - [`flow`]: the states of a connection and who owns it at any instant.
+//! - [`limit`]: how often something may happen.
 //! - [`scratch`]: who may use a CPU's scratch memory.
 //! - [`verdict`]: when a known head is allowed.
 //!
@@ -15,5 +16,6 @@ pub mod chunked;
 pub mod digest;
 pub mod flow;
 pub mod head;
+pub mod limit;
 pub mod scratch;
 pub mod verdict;

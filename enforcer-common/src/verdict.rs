@@ -43,22 +43,12 @@ pub fn judge(verdict: &Verdict, grant: Option<&Grant>, config: &Config, now_ns: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::{HeadDigest, MODE_ENFORCE};
+    use crate::abi::{HeadDigest, Origin};
 
     const NOW_NS: u64 = 1_000;
 
     fn config() -> Config {
-        Config {
-            abi_version: ABI_VERSION,
-            mode: MODE_ENFORCE,
-            generation: 7,
-            heartbeat_ns: 0,
-            heartbeat_limit_ns: 0,
-            loaded_ns: 0,
-            daemon_started_ns: 0,
-            daemon_pid: 0,
-            draining: 0,
-        }
+        Config { abi_version: ABI_VERSION, generation: 7, ..Config::NONE }
     }
 
     fn verdict() -> Verdict {
@@ -79,7 +69,7 @@ mod tests {
             serial: 11,
             deadline_ns: NOW_NS + 1,
             generation: 7,
-            workload_id: 0,
+            caller: Origin::NONE,
             principal_id: 1,
             granted_ns: 0,
             expires_at_unix_secs: 0,

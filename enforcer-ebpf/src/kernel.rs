@@ -15,6 +15,9 @@ use enforcer_common::flow::{Ctl, CtlWord};
 use crate::maps::{CONFIG, COUNTERS, SINK};
 use crate::tcp;
 
+/// TCP's protocol number.
+pub(crate) const IPPROTO_TCP: u32 = 6;
+
 /// A helper failed.
 pub(crate) struct Failed;
 
@@ -83,13 +86,26 @@ impl CtlWord for CtlCell {
 /// `word` is valid and aligned.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
-unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+pub(crate) unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
     let found;
     // SAFETY: the caller's. Clobbers nothing but `r0`, which it gives.
     unsafe {
         core::arch::asm!("r0 = cmpxchg_64({word} + 0, r0, {new})", word = in(reg) word, new = in(reg) new, inout("r0") old => found);
     }
     found
+}
+
+/// Adds to a word, wrapping.
+///
+/// # Safety
+/// `word` is valid and aligned.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+pub(crate) unsafe fn add(word: *mut u64, summand: u64) {
+    // SAFETY: the caller's.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({word} + 0) += {summand}", word = in(reg) word, summand = in(reg) summand);
+    }
 }
 
 /// Writes `new`; gives what the word was.
@@ -116,7 +132,12 @@ pub(crate) fn memory_barrier() {
 }
 
 #[cfg(not(target_arch = "bpf"))]
-unsafe fn compare_exchange(_word: *mut u64, _old: u64, _new: u64) -> u64 {
+pub(crate) unsafe fn add(_word: *mut u64, _summand: u64) {
+    unreachable!("compiled for lints only")
+}
+
+#[cfg(not(target_arch = "bpf"))]
+pub(crate) unsafe fn compare_exchange(_word: *mut u64, _old: u64, _new: u64) -> u64 {
     unreachable!("compiled for lints only")
 }
 

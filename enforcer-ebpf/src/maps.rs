@@ -1,13 +1,15 @@
 //! The maps. What is in them, who writes, reads and deletes, and why they have their sizes: see the value types in
 //! `enforcer_common::abi`.
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash, SockMap};
 use enforcer_common::abi::{
-    Config, Connecting, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, JoinKey,
-    Joining, MAX_CALLERS, MAX_CONNECTING, MAX_COUNTERS, MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS,
-    MAX_REASONS, MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SOCKETS, MAX_VERDICTS, PUNTS_BYTES,
-    REVOCATION_WORDS, ReasonName, Reply, Revocation, Sealed, ServerLabel, Verdict,
+    Barred, Bucket, BucketLabel, Config, Connecting, DaemonState, Endpoint, EndpointKey, FirstUser, Flow,
+    Grant, GrantLabel, HeadDigest, JoinKey, Joining, MAX_BARRED, MAX_BUCKETS, MAX_CALLERS, MAX_CONNECTING,
+    MAX_COUNTERS, MAX_ENDPOINTS, MAX_FIRST_USERS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS,
+    MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SOCKETS, MAX_SOURCES, MAX_VERDICTS, NameHash, PUNTS_BYTES,
+    REVOCATION_WORDS, ReasonName, Reply, Revocation, Sealed, ServerLabel, Source, SourceKey, Verdict,
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::head::HeadBuf;
@@ -93,3 +95,18 @@ pub(crate) static CONNECTING: LruHashMap<u64, Sealed<Connecting>> =
 #[map]
 pub(crate) static CALLERS: LruHashMap<JoinKey, Sealed<Joining>> =
     LruHashMap::with_max_entries(MAX_CALLERS, 0);
+
+#[map]
+pub(crate) static FIRST_USERS: HashMap<NameHash, FirstUser> = HashMap::with_max_entries(MAX_FIRST_USERS, 0);
+
+#[map]
+pub(crate) static BARRED: HashMap<Barred, u64> = HashMap::with_max_entries(MAX_BARRED, 0);
+
+#[map]
+pub(crate) static LIMITS: Array<Bucket> = Array::with_max_entries(MAX_BUCKETS, BPF_F_MMAPABLE);
+
+#[map]
+pub(crate) static LIMIT_LABELS: Array<BucketLabel> = Array::with_max_entries(MAX_BUCKETS, 0);
+
+#[map]
+pub(crate) static SOURCES: LruHashMap<SourceKey, Source> = LruHashMap::with_max_entries(MAX_SOURCES, 0);

@@ -8,13 +8,12 @@ mod maps;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use enforcer_tests::caller::{Caller, Place, translate};
 use enforcer_tests::enforcement::Guarded;
-use enforcer_tests::guard::{Cgroup, Deadline, NetNs, Proc, bin_path, run, veth_pair};
+use enforcer_tests::guard::{Cgroup, Deadline, NetNs, veth_pair};
 use enforcer_tests::raw::{Connection, RequestBuilder};
 use enforcer_tests::recorder::{Config, RemoteRecorder};
 use serde_json::{Value, json};
@@ -24,44 +23,6 @@ use maps::PinnedMap;
 
 /// A user that is not root and that every system has.
 const NOBODY: u32 = 65_534;
-
-/// Where a client runs.
-struct Place<'a> {
-    cgroup: &'a Cgroup,
-    netns: Option<&'a NetNs>,
-    uid: u32,
-}
-
-/// A client that has its answer.
-struct Caller {
-    process: Proc,
-    /// Its end of the connection, as it sees it.
-    local: SocketAddr,
-}
-
-impl<'a> Place<'a> {
-    const fn root(cgroup: &'a Cgroup) -> Self {
-        Self { cgroup, netns: None, uid: 0 }
-    }
-
-    /// Starts a client and waits until its request is answered.
-    fn call(&self, to: SocketAddr, options: &[&str], request: &[u8]) -> Result<Caller> {
-        let mut command = Command::new(bin_path("enforcer-caller")?);
-        command.args(["--to", &to.to_string()]).args(options);
-        self.cgroup.place(&mut command)?;
-        if let Some(netns) = self.netns {
-            netns.place(&mut command)?;
-        }
-        if self.uid != 0 {
-            command.uid(self.uid);
-        }
-        let mut process = Proc::spawn_with_input("enforcer-caller", command, request)?;
-        process.wait_for_line("staying", TIMEOUT)?;
-        let line = process.wait_for_line("connected ", TIMEOUT)?;
-        let local = line.trim_start_matches("connected ").parse().context(line)?;
-        Ok(Caller { process, local })
-    }
-}
 
 fn flow_of(guarded: &Guarded, client: SocketAddr) -> Result<Value> {
     let flows = guarded.enforcement.cli_json(&["flows"])?;
@@ -197,17 +158,7 @@ fn through_destination_nat() -> Result<()> {
     // A service address that nobody has, as Kubernetes makes them.
     let service: SocketAddr = (Ipv4Addr::new(10, 96, 0, 10), 80).into();
     clients.ip(&["route", "add", "10.96.0.0/16", "via", &pair.b.0.to_string()])?;
-    let rules = format!(
-        "table ip nat {{ chain output {{ type nat hook output priority -100; ip daddr {} tcp dport {} dnat to {}\n}}\n}}\n",
-        service.ip(),
-        service.port(),
-        guarded.addr(),
-    );
-    let mut nft = Command::new("nft");
-    nft.args(["-f", "-"]);
-    clients.place(&mut nft)?;
-    let made = run("nft", nft, rules.as_bytes(), TIMEOUT)?;
-    ensure!(made.status.success(), "nft: {}", made.stderr);
+    translate(&clients, service, guarded.addr())?;
     let request = guarded.call(Some(&guarded.token()?)).build();
     let agent = guarded.enforcement.cgroup().child("agent")?;
     let caller = Place { netns: Some(&clients), ..Place::root(&agent) }.call(service, &[], &request)?;

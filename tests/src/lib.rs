@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`guard`] | cgroups, network namespaces, child processes, time limits |
 //! | [`enforcement`] | a daemon over a cgroup of its own, with policy, issuer and server |
+//! | [`caller`] | clients in processes of their own, anywhere |
 //! | [`issuer`] | signing keys, tokens with any defect, JWKS and metadata over loopback HTTP |
 //! | [`raw`] | an HTTP/1.1 client that sends exactly the bytes it is given, in any segmentation |
 //! | [`recorder`] | a server that records what it read |
@@ -17,6 +18,7 @@
 
 pub mod bench;
 pub mod bench_server;
+pub mod caller;
 pub mod demo;
 pub mod enforcement;
 pub mod guard;

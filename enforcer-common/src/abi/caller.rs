@@ -1,6 +1,6 @@
 //! Who is calling: what the kernel knows of the process that made a connection.
 
-use super::{EndpointKey, assert_layout};
+use super::{EndpointKey, FAMILY_V4, assert_layout};
 
 /// The process that connected a socket, as it was in its own call of `connect`. All zero: unknown.
 #[repr(C)]
@@ -33,6 +33,76 @@ impl Caller {
     #[inline(always)]
     pub const fn is_known(&self) -> bool {
         self.cgroup_id != 0
+    }
+}
+
+/// Words of an [`Origin`].
+pub const ORIGIN_WORDS: usize = 4;
+
+/// Where a connection comes from and goes to, as it is part of the digest of each of its heads: what is known of a head, and each grant, holds
+/// for one caller at one endpoint. Word 0: id of the caller's cgroup, 0 for an unknown one. Word 1: its user id, and above it the number of the
+/// endpoint. Words 2 and 3: its address as IPv6 (IPv4: mapped), in network order.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin {
+    /// See above.
+    pub words: [u64; ORIGIN_WORDS],
+}
+assert_layout!(Origin, 32, [words: [u64; ORIGIN_WORDS]]);
+
+impl Origin {
+    /// Nobody's.
+    pub const NONE: Self = Self { words: [0; ORIGIN_WORDS] };
+
+    /// Of a connection from `peer`, by this caller.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(endpoint_id: u32, peer: &EndpointKey, caller: &Caller) -> Self {
+        let a = &peer.addr;
+        let addr = if peer.family == FAMILY_V4 {
+            [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]])]
+        } else {
+            [
+                u64::from_ne_bytes([a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]]),
+                u64::from_ne_bytes([a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15]]),
+            ]
+        };
+        let (cgroup_id, uid) = (caller.cgroup_id, caller.uid as u64);
+        Self { words: [cgroup_id, (endpoint_id as u64) << 32 | uid, addr[0], addr[1]] }
+    }
+
+    /// The same caller, at any endpoint: who a grant is for.
+    #[must_use]
+    #[inline(always)]
+    pub const fn caller(&self) -> Self {
+        let [cgroup_id, uid, high, low] = self.words;
+        Self { words: [cgroup_id, uid & 0xffff_ffff, high, low] }
+    }
+
+    /// Id of the caller's cgroup; 0: it is not known.
+    #[must_use]
+    pub const fn cgroup_id(&self) -> u64 {
+        self.words[0]
+    }
+
+    /// The caller's user id; `u32::MAX`: it is not known.
+    #[must_use]
+    pub const fn uid(&self) -> u32 {
+        self.words[1] as u32
+    }
+
+    /// The caller's address, in network order; IPv4 as a mapped one.
+    #[must_use]
+    pub const fn address(&self) -> [u8; 16] {
+        let (high, low) = (self.words[2].to_ne_bytes(), self.words[3].to_ne_bytes());
+        let mut out = [0; 16];
+        let mut k = 0;
+        while k < 8 {
+            out[k] = high[k];
+            out[k + 8] = low[k];
+            k += 1;
+        }
+        out
     }
 }
 
@@ -77,6 +147,44 @@ pub struct Joining {
 }
 assert_layout!(Joining, 72, [key: JoinKey, caller: Caller]);
 
+/// A workload that may not connect to an endpoint: key of `BARRED`, a hash whose values are the policy generations for which that holds.
+/// Writer and deleter: the daemon. Reader: connect. 65,536 entries; who has no entry connects, and the daemon judges its first request.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Barred {
+    /// Id of its cgroup.
+    pub cgroup_id: u64,
+    /// Number of the endpoint.
+    pub endpoint_id: u32,
+    /// Zero.
+    pub zero: u32,
+}
+assert_layout!(Barred, 16, [cgroup_id: u64, endpoint_id: u32, zero: u32]);
+
+/// Size of `BARRED`.
+pub const MAX_BARRED: u32 = 65_536;
+
+/// Where a connection to the unspecified address goes: to this host itself.
+#[must_use]
+#[inline(always)]
+pub fn destination(key: EndpointKey) -> EndpointKey {
+    let mut addr = key.addr;
+    let mut k = 0;
+    while k < 16 {
+        if addr[k] != 0 {
+            return key;
+        }
+        k += 1;
+    }
+    if key.family == FAMILY_V4 {
+        addr[0] = 127;
+        addr[3] = 1;
+    } else {
+        addr[15] = 1;
+    }
+    EndpointKey { addr, ..key }
+}
+
 /// Size of `CONNECTING`.
 pub const MAX_CONNECTING: u32 = 4_096;
 /// Size of `CALLERS`.
@@ -101,6 +209,18 @@ pub fn is_joined(noted: &Joining, key: &JoinKey, now_ns: u64) -> bool {
 mod tests {
     use super::*;
     use crate::abi::FAMILY_V4;
+
+    #[test]
+    fn a_connection_to_nowhere_goes_to_this_host() {
+        let key = |addr: [u8; 16], family| EndpointKey { addr, port: 80, family, zero: 0 };
+        let mut loopback = [0; 16];
+        loopback[15] = 1;
+        assert_eq!(destination(key([0; 16], 6)), key(loopback, 6));
+        let mut loopback = [0; 16];
+        loopback[..4].copy_from_slice(&[127, 0, 0, 1]);
+        assert_eq!(destination(key([0; 16], FAMILY_V4)), key(loopback, FAMILY_V4));
+        assert_eq!(destination(key([1; 16], 6)), key([1; 16], 6));
+    }
 
     #[test]
     fn only_its_own_connection_has_a_caller_and_not_for_ever() {

@@ -1,6 +1,7 @@
 //! Configuration and keys.
 
 use super::assert_layout;
+use crate::limit::RETRY_STEPS;
 
 /// What happens to refused requests, as stored in [`Config::mode`].
 pub const MODE_ENFORCE: u32 = 1;
@@ -30,11 +31,42 @@ pub struct Config {
     pub daemon_pid: u32,
     /// The sock_ops program tags no new flows any more (the enforcer is being unloaded).
     pub draining: u32,
+    /// Limit of requests that the kernel does not know, per source: nanoseconds per request.
+    pub unknown_interval_ns: u64,
+    /// Its depth, in nanoseconds.
+    pub unknown_burst_ns: u64,
+    /// Limit of requests that it refuses, and of those for public paths, per source: nanoseconds per request; 0: none.
+    pub refused_interval_ns: u64,
+    /// Its depth, in nanoseconds.
+    pub refused_burst_ns: u64,
+    /// 429 for each of [`crate::limit::RETRY_AFTER_SECS`]: indices in `REPLIES`.
+    pub limited_reply_ids: [u32; RETRY_STEPS],
 }
-assert_layout!(Config, 56, [
+assert_layout!(Config, 120, [
     abi_version: u32, mode: u32, generation: u64, heartbeat_ns: u64, heartbeat_limit_ns: u64, loaded_ns: u64,
-    daemon_started_ns: u64, daemon_pid: u32, draining: u32,
+    daemon_started_ns: u64, daemon_pid: u32, draining: u32, unknown_interval_ns: u64, unknown_burst_ns: u64, refused_interval_ns: u64, refused_burst_ns: u64,
+    limited_reply_ids: [u32; RETRY_STEPS],
 ]);
+
+impl Config {
+    /// No policy: nothing is allowed, nothing waits for a daemon, nothing is limited.
+    pub const NONE: Self = Self {
+        abi_version: 0,
+        mode: MODE_ENFORCE,
+        generation: 0,
+        heartbeat_ns: 0,
+        heartbeat_limit_ns: 0,
+        loaded_ns: 0,
+        daemon_started_ns: 0,
+        daemon_pid: 0,
+        draining: 0,
+        unknown_interval_ns: 0,
+        unknown_burst_ns: 0,
+        refused_interval_ns: 0,
+        refused_burst_ns: 0,
+        limited_reply_ids: [0; RETRY_STEPS],
+    };
+}
 
 /// What a daemon leaves to the next one: `DAEMON_STATE`, an array of one. Writer and reader: the daemon; no program reads it.
 /// Root alone can open the map, and with it the key.

@@ -134,6 +134,18 @@ counters! {
     CallerJoined = 51, "caller-joined";
     /// A tagged connection's caller is not known: it is elsewhere, outside of the cgroup, or was forgotten.
     CallerUnknown = 52, "caller-unknown";
+    /// A request over a limit was answered 429 by the kernel.
+    Limited = 53, "limited";
+    /// A request over a limit went to the daemon, which answers it.
+    PuntLimited = 54, "punt-limited";
+    /// A request that has no grant was over its source's limit.
+    SourceLimited = 55, "source-limited";
+    /// A bucket could not be read, or many changed it at once: the request was refused as over its limit.
+    BucketFailed = 56, "bucket-failed";
+    /// Observe mode: a request passed that was over a limit.
+    WouldLimit = 57, "would-limit";
+    /// A process was not let connect to a protected endpoint.
+    ConnectRefused = 58, "connect-refused";
 }
 
 /// Size of `COUNTERS`.

@@ -1,6 +1,6 @@
 //! Flow records.
 
-use super::{Caller, EndpointKey, assert_layout};
+use super::{Caller, EndpointKey, GRANT_BUCKETS, Origin, assert_layout};
 use crate::head::{LAYOUT_WORDS, Layout};
 
 /// Layouts of heads that a flow remembers: an agent's calls come in a few shapes.
@@ -77,14 +77,20 @@ pub struct Flow {
     pub swallowed_bytes: u32,
     /// Sequence number of the client's next byte that the judge has not seen.
     pub next_byte_seq: u32,
-    /// Zero.
-    pub zero: u32,
+    /// The current head is over a limit: 1 and the step of [`crate::limit::RETRY_AFTER_SECS`]; 0: it is not.
+    pub limited: u32,
     /// The key that the record is kept under.
     pub cookie: u64,
     /// What the last hand-back left for the judge.
     pub handed: Handed,
     /// Who is calling.
     pub caller: Caller,
+    /// What the digests of its heads say of where they come from.
+    pub origin: Origin,
+    /// Limit buckets in which it has a place: those of the grant that its last request used.
+    pub buckets: [u32; GRANT_BUCKETS],
+    /// Serial and generation of that grant, as [`super::held_as`] puts them together; 0: none.
+    pub held_serial: u64,
 }
 
 /// What a hand-back tells the judge, which makes it its own when it next runs: [`crate::flow::settle`].
@@ -135,14 +141,17 @@ impl Flow {
         interface: 0,
         swallowed_bytes: 0,
         next_byte_seq: 0,
-        zero: 0,
+        limited: 0,
         cookie: 0,
         handed: Handed { remaining_bytes: 0, chunked: 0, grant_serial: 0, write_seq_mark: 0, flags: 0 },
         caller: Caller::UNKNOWN,
+        origin: Origin::NONE,
+        buckets: [0; GRANT_BUCKETS],
+        held_serial: 0,
     };
 }
-assert_layout!(Flow, 424, [
-    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, interface: u32, swallowed_bytes: u32, next_byte_seq: u32, zero: u32, cookie: u64, handed: Handed, caller: Caller,
+assert_layout!(Flow, 496, [
+    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, interface: u32, swallowed_bytes: u32, next_byte_seq: u32, limited: u32, cookie: u64, handed: Handed, caller: Caller, origin: Origin, buckets: [u32; GRANT_BUCKETS], held_serial: u64,
 ]);
 
 /// Size of `FLOWS`.

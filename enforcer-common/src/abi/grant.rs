@@ -1,6 +1,6 @@
 //! Verdicts and grants: what makes a known head pass.
 
-use super::assert_layout;
+use super::{Origin, assert_layout};
 
 /// Key of `VERDICTS`: the keyed digest of a request head, see [`crate::digest`].
 #[repr(C)]
@@ -51,7 +51,7 @@ assert_layout!(Verdict, 56, [
 /// How many limit buckets a grant can name.
 pub const GRANT_BUCKETS: usize = 8;
 
-/// A token's right to call a server: `GRANTS`, an array by slot. Writer: the daemon. Readers: judge and CLI.
+/// A token's right to call a server, for one caller: `GRANTS`, an array by slot. Writer: the daemon. Readers: judge and CLI.
 ///
 /// A grant whose time is over keeps its slot while a flow names its serial, or has its bit and the token is good: whoever looks for streams that must end finds it there.
 /// A slot is used again only a while after its grant was voided (`serial` 0), so that a program which still reads the
@@ -65,8 +65,8 @@ pub struct Grant {
     pub deadline_ns: u64,
     /// Policy generation under which it was given.
     pub generation: u64,
-    /// Workload that the token is bound to; 0: any.
-    pub workload_id: u64,
+    /// Who may use it: [`Origin::caller`]. A verdict that names it is found by heads of that caller alone, since it is part of their digests.
+    pub caller: Origin,
     /// Number of the principal (issuer, subject, client): a hash, so it outlives the daemon.
     pub principal_id: u64,
     /// `CLOCK_BOOTTIME` at which it was given, in nanoseconds.
@@ -86,8 +86,8 @@ pub struct Grant {
     /// `REVOKED_*`; 0: it is not revoked. Writers: the daemon and the CLI.
     pub revoked: u32,
 }
-assert_layout!(Grant, 128, [
-    serial: u64, deadline_ns: u64, generation: u64, workload_id: u64, principal_id: u64, granted_ns: u64,
+assert_layout!(Grant, 152, [
+    serial: u64, deadline_ns: u64, generation: u64, caller: Origin, principal_id: u64, granted_ns: u64,
     expires_at_unix_secs: u64, ends_at_unix_secs: u64, requests: u64, fingerprint: [u8; 16], buckets: [u32; GRANT_BUCKETS], server_id: u32,
     revoked: u32,
 ]);

@@ -33,11 +33,15 @@ pub struct GrantLabel {
     pub client_hash: NameHash,
     /// Hash of the server's name.
     pub server_hash: NameHash,
+    /// Hashes of the names of the workload that presents the token: the one that lasts, and the one that is shown.
+    pub workload_hashes: [NameHash; 2],
+    /// Beginning of the name that lasts.
+    pub workload: Text<80>,
 }
-assert_layout!(GrantLabel, 344, [
+assert_layout!(GrantLabel, 456, [
     serial: u64, issuer: Text<40>, subject: Text<128>, client_id: Text<80>, issued_at_unix_secs: u64,
     issuer_name_hash: NameHash, issuer_hash: NameHash, subject_hash: NameHash, client_hash: NameHash,
-    server_hash: NameHash,
+    server_hash: NameHash, workload_hashes: [NameHash; 2], workload: Text<80>,
 ]);
 
 /// Names of a server: `SERVER_LABELS`, an array by server number. Writer: the daemon. Reader: the CLI.
@@ -54,6 +58,30 @@ pub struct ServerLabel {
     pub listen: Text<192>,
 }
 assert_layout!(ServerLabel, 512, [name: Text<64>, resource: Text<192>, path: Text<64>, listen: Text<192>]);
+
+/// The workload that presented the first token of a principal at a server: `FIRST_USERS`, a hash by the hash of both ([`NameHash`]). Writer:
+/// the daemon. Readers: the daemon and the CLI. Deleter: the CLI. 16,384 entries; when it is full, no further principal that is bound to its
+/// first use gets in.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FirstUser {
+    /// When that was, in Unix seconds.
+    pub at_unix_secs: u64,
+    /// Hash of the workload's name.
+    pub workload_hash: NameHash,
+    /// Beginning of the workload's name.
+    pub workload: Text<128>,
+    /// Beginning of the issuer's name in the policy and of the subject.
+    pub principal: Text<160>,
+    /// Name of the server.
+    pub server: Text<64>,
+}
+assert_layout!(FirstUser, 376, [
+    at_unix_secs: u64, workload_hash: NameHash, workload: Text<128>, principal: Text<160>, server: Text<64>,
+]);
+
+/// Size of `FIRST_USERS`.
+pub const MAX_FIRST_USERS: u32 = 16_384;
 
 /// Key of `REASONS`, a hash from a reason's name to its count. Writer: the daemon. Reader: the CLI.
 pub type ReasonName = Text<48>;

@@ -10,6 +10,7 @@ mod endpoint;
 mod flow;
 mod grant;
 mod label;
+mod limit;
 mod punt;
 mod reply;
 mod revocation;
@@ -22,13 +23,14 @@ pub use endpoint::*;
 pub use flow::*;
 pub use grant::*;
 pub use label::*;
+pub use limit::*;
 pub use punt::*;
 pub use reply::*;
 pub use revocation::*;
 pub use sealed::*;
 
 /// Version of everything in this module. It moves when a layout or the meaning of a field does.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Names of the maps, as the loader, the pins and the CLI know them.
 pub mod map {
@@ -80,6 +82,17 @@ pub mod map {
     /// Callers whose connections are on their way.
     pub const CALLERS: &str = "CALLERS";
 
+    /// Workloads that presented a principal's first token; no program reads it.
+    pub const FIRST_USERS: &str = "FIRST_USERS";
+    /// Workloads that may not connect.
+    pub const BARRED: &str = "BARRED";
+    /// Buckets of limits.
+    pub const LIMITS: &str = "LIMITS";
+    /// Labels of buckets; no program reads it.
+    pub const LIMIT_LABELS: &str = "LIMIT_LABELS";
+    /// Buckets of requests without a grant, by where they come from.
+    pub const SOURCES: &str = "SOURCES";
+
     /// All of them: what is pinned.
     pub const ALL: &[&str] = &[
         CONFIG,
@@ -104,6 +117,11 @@ pub mod map {
         HOLD,
         CONNECTING,
         CALLERS,
+        FIRST_USERS,
+        BARRED,
+        LIMITS,
+        LIMIT_LABELS,
+        SOURCES,
     ];
 }
 

@@ -1,6 +1,6 @@
 //! The ring buffer to the daemon and the datagrams back.
 
-use super::{EndpointKey, assert_layout};
+use super::{EndpointKey, Origin, assert_layout};
 
 /// Bytes of a flow that the daemon owns.
 pub const PUNT_DATA: u32 = 1;
@@ -13,11 +13,30 @@ pub const PUNT_FENCED: u32 = 4;
 /// A socket at a protected endpoint that is not guarded (it was accepted before the programs were attached, say) got bytes,
 /// which were dropped: the daemon is asked to destroy it. [`Ends`] follow.
 pub const PUNT_STRAY: u32 = 5;
+/// A process was not let connect to a protected endpoint. Its [`super::Caller`] follows; not every one is told.
+pub const PUNT_BARRED: u32 = 6;
 
 /// The previous request on this flow was not answered yet, so an answer of ours could overtake the server's.
 pub const PUNT_UNANSWERED: u32 = 1;
 /// Observe mode: the bytes have passed to the server already.
 pub const PUNT_OBSERVED: u32 = 2;
+/// The request is over a limit and gets 429, whatever it is; the kernel can't answer it. [`punt_retry_step`] says when to try again.
+pub const PUNT_LIMITED: u32 = 4;
+/// Where the step of [`crate::limit::RETRY_AFTER_SECS`] begins in the flags, with [`PUNT_LIMITED`].
+pub const PUNT_RETRY_SHIFT: u32 = 8;
+
+/// The flags of a flow's [`super::Flow::limited`].
+#[must_use]
+#[inline(always)]
+pub const fn punt_limited(limited: u32) -> u32 {
+    if limited == 0 { 0 } else { PUNT_LIMITED | (limited - 1) << PUNT_RETRY_SHIFT }
+}
+
+/// The step in a record's flags.
+#[must_use]
+pub const fn punt_retry_step(flags: u32) -> u32 {
+    (flags >> PUNT_RETRY_SHIFT) & 0xff
+}
 
 /// Header of a record in `PUNTS`. At most [`PUNT_CHUNK_BYTES`] bytes follow it, of which `len_bytes` count.
 #[repr(C)]
@@ -47,10 +66,13 @@ pub struct PuntHeader {
     pub write_seq: u32,
     /// Interface that the server's socket is bound to; 0: none.
     pub interface: u32,
+    /// [`super::Flow::origin`].
+    pub origin: Origin,
 }
-assert_layout!(PuntHeader, 64, [
+assert_layout!(PuntHeader, 96, [
     cookie: u64, offset_bytes: u64, netns_cookie: u64, skip_bytes: u64, kind: u32, epoch: u32, len_bytes: u32,
     flags: u32, endpoint_id: u32, reason: u32, write_seq: u32, interface: u32,
+    origin: Origin,
 ]);
 
 /// Payload of [`PUNT_STRAY`]: the ends of a socket that has no flow record.

@@ -12,6 +12,8 @@ pub const REVOKE_SUBJECT: u32 = 4;
 pub const REVOKE_CLIENT: u32 = 8;
 /// Tokens for a server: they stay good elsewhere.
 pub const REVOKE_SERVER: u32 = 16;
+/// Tokens when this workload presents them.
+pub const REVOKE_WORKLOAD: u32 = 32;
 
 /// Tokens that are refused although issuer and policy would accept them: `REVOCATIONS`, a hash by number. Writer: the CLI.
 /// Readers: daemon and CLI; no program reads it. Deleters: the CLI, when an operator takes it back; whoever writes next, when it
@@ -36,6 +38,8 @@ pub struct Revocation {
     pub client_hash: NameHash,
     /// Hash of the server's name.
     pub server_hash: NameHash,
+    /// Hash of the workload's name.
+    pub workload_hash: NameHash,
     /// `REVOKE_*` bits: what a token must match, all of it. None: every token.
     pub selectors: u32,
     /// 1: `expires_at_unix_secs` is the token's own end and the largest leeway that a policy can give; 0: it follows from the longest life that policy allows a token.
@@ -48,11 +52,14 @@ pub struct Revocation {
     pub client_id: Text<80>,
     /// Name of the server.
     pub server: Text<64>,
+    /// Beginning of the workload's name.
+    pub workload: Text<128>,
 }
-assert_layout!(Revocation, 480, [
+assert_layout!(Revocation, 624, [
     revoked_at_unix_secs: u64, issued_until_unix_secs: u64, expires_at_unix_secs: u64, fingerprint: [u8; 16],
-    issuer_hash: NameHash, subject_hash: NameHash, client_hash: NameHash, server_hash: NameHash, selectors: u32,
+    issuer_hash: NameHash, subject_hash: NameHash, client_hash: NameHash, server_hash: NameHash, workload_hash: NameHash, selectors: u32,
     exact_end: u32, issuer: Text<96>, subject: Text<128>, client_id: Text<80>, server: Text<64>,
+    workload: Text<128>,
 ]);
 
 /// Size of `REVOCATIONS`.

@@ -21,7 +21,7 @@ pub use layout::{LAYOUT_WORDS, Layout, MAX_MASKS};
 pub use mask::{mask, mask_value, mask_with};
 pub use scan::Scan;
 
-use crate::abi::HeadDigest;
+use crate::abi::{HeadDigest, Origin};
 use crate::digest::{self, DigestKey};
 
 /// Longest head that the kernel recognises, in bytes.
@@ -72,6 +72,9 @@ pub struct HeadInfo {
 }
 
 impl HeadInfo {
+    /// Of a head that can't be read.
+    pub const NONE: Self = Self { head_bytes: 0, has_content_length: 0, content_length: 0 };
+
     /// Of a masked head.
     #[must_use]
     #[inline(always)]
@@ -116,26 +119,22 @@ pub fn analyze(
     buf: &mut HeadBuf,
     len: u32,
     key: &DigestKey,
-    endpoint_id: u32,
+    origin: &Origin,
 ) -> Result<(HeadInfo, HeadDigest), Miss> {
     let layout = scan(buf, len)?;
     let content_length = mask(buf, &layout).ok_or(Miss::Irregular)?;
-    Ok((HeadInfo::new(&layout, content_length), digest::of_head(buf, &layout, key, endpoint_id)))
+    Ok((HeadInfo::new(&layout, content_length), digest::of_head(buf, &layout, key, origin)))
 }
 
 /// [`analyze`] of bytes that are not in a buffer yet; only the first [`HEAD_MAX_BYTES`] count.
 ///
 /// # Errors
 /// Why there is no digest.
-pub fn analyze_bytes(
-    bytes: &[u8],
-    key: &DigestKey,
-    endpoint_id: u32,
-) -> Result<(HeadInfo, HeadDigest), Miss> {
+pub fn analyze_bytes(bytes: &[u8], key: &DigestKey, origin: &Origin) -> Result<(HeadInfo, HeadDigest), Miss> {
     let mut buf = HeadBuf::new();
     let len = bytes.len().min(HEAD_MAX_BYTES);
     buf.bytes[..len].copy_from_slice(&bytes[..len]);
-    analyze(&mut buf, len as u32, key, endpoint_id)
+    analyze(&mut buf, len as u32, key, origin)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The scan and the digest against byte-wise references.
 
 use super::*;
+use crate::abi::{Caller, EndpointKey, FAMILY_V4, FAMILY_V6};
 use crate::digest::KEY_WORDS;
 use proptest::prelude::*;
 
@@ -87,7 +88,7 @@ fn reference(bytes: &[u8]) -> Result<Reference, Miss> {
 
 impl Reference {
     /// The digest by its definition.
-    fn digest(&self, key: &DigestKey, endpoint_id: u32) -> HeadDigest {
+    fn digest(&self, key: &DigestKey, origin: &Origin) -> HeadDigest {
         let mut words: Vec<u64> = self
             .masked
             .chunks(8)
@@ -100,7 +101,7 @@ impl Reference {
             words.push(range(2 * k) | range(2 * k + 1) << 32);
         }
         words.push(self.end as u64 | (self.ranges.len() as u64) << 16 | pair(self.digits) << 32);
-        words.push(u64::from(endpoint_id) + 1);
+        words.extend(origin.words);
         let sum = |terms: &mut dyn Iterator<Item = (u64, u64)>| {
             terms.fold(0_u64, |sum, (word, key)| sum.wrapping_add(word.wrapping_mul(key)))
         };
@@ -113,12 +114,12 @@ impl Reference {
 
 fn check(bytes: &[u8]) -> Result<(HeadInfo, HeadDigest), Miss> {
     let key = key(1);
-    let got = analyze_bytes(bytes, &key, 5);
+    let got = analyze_bytes(bytes, &key, &at(5));
     match (&got, reference(bytes)) {
         (Ok((info, digest)), Ok(wanted)) => {
             assert_eq!(info.head_bytes as usize, wanted.end);
             assert_eq!((info.has_content_length == 1).then_some(info.content_length), wanted.length);
-            assert_eq!(*digest, wanted.digest(&key, 5));
+            assert_eq!(*digest, wanted.digest(&key, &at(5)));
         }
         // The scan may call irregular what the reference reads: more lines than it keeps, line feeds too dense.
         (Err(Miss::Irregular), _) => {}
@@ -129,6 +130,12 @@ fn check(bytes: &[u8]) -> Result<(HeadInfo, HeadDigest), Miss> {
         }
     }
     got
+}
+
+/// A caller's connection to endpoint `number`.
+fn at(number: u32) -> Origin {
+    let peer = EndpointKey { addr: [7; 16], port: 1, family: FAMILY_V6, zero: 0 };
+    Origin::new(number, &peer, &Caller { cgroup_id: 9, uid: 1000, ..Caller::UNKNOWN })
 }
 
 fn digest(head: &str) -> HeadDigest {
@@ -173,11 +180,34 @@ fn every_other_byte_counts() {
 }
 
 #[test]
-fn body_bytes_and_the_endpoint() {
+fn body_bytes_and_where_it_comes_from() {
     let with_body = format!("{HEAD}{{\"a\":\"\\r\\n\"}}\r\n\r\nxx");
     assert_eq!(digest(&with_body), digest(HEAD));
     let key = key(1);
-    assert_ne!(analyze_bytes(HEAD.as_bytes(), &key, 1), analyze_bytes(HEAD.as_bytes(), &key, 2));
+    let of = |origin: Origin| analyze_bytes(HEAD.as_bytes(), &key, &origin).unwrap().1;
+    assert_ne!(of(at(1)), of(at(2)));
+    let v6 = EndpointKey { addr: [7; 16], port: 1, family: FAMILY_V6, zero: 0 };
+    let caller = Caller { cgroup_id: 9, uid: 1000, ..Caller::UNKNOWN };
+    let v4 = EndpointKey { family: FAMILY_V4, ..v6 };
+    let mut other = v6;
+    other.addr[15] = 8;
+    let origins = [
+        Origin::new(1, &v6, &caller),
+        Origin::new(1, &v6, &Caller { cgroup_id: 10, ..caller }),
+        Origin::new(1, &v6, &Caller { uid: 0, ..caller }),
+        Origin::new(1, &v6, &Caller::UNKNOWN),
+        Origin::new(1, &v4, &caller),
+        Origin::new(1, &other, &caller),
+    ];
+    for (k, one) in origins.iter().enumerate() {
+        for two in &origins[..k] {
+            assert_ne!(of(*one), of(*two));
+        }
+    }
+    // Of a caller only who it is counts, and of its address not the port.
+    let same = Caller { pid: 7, connected_ns: 1, comm: [b'x'; 16], netns_cookie: 2, ..caller };
+    assert_eq!(of(Origin::new(1, &EndpointKey { port: 2, ..v6 }, &same)), of(origins[0]));
+    assert_eq!(origins[4].address()[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]);
 }
 
 #[test]
@@ -191,8 +221,8 @@ fn what_lies_behind_the_head_does_not_count() {
         let mut buf = HeadBuf::new();
         buf.bytes[..long.len()].copy_from_slice(long.as_bytes());
         buf.bytes[..short.len()].copy_from_slice(short.as_bytes());
-        let found = analyze(&mut buf, short.len() as u32, &key(1), 5);
-        assert_eq!(found, analyze_bytes(short.as_bytes(), &key(1), 5), "pad {pad}");
+        let found = analyze(&mut buf, short.len() as u32, &key(1), &at(5));
+        assert_eq!(found, analyze_bytes(short.as_bytes(), &key(1), &at(5)), "pad {pad}");
         assert!(found.is_ok());
         assert_eq!(digest(&format!("{short}\n\n\n\n")), digest(&short));
     }
@@ -253,11 +283,11 @@ fn limits_of_length_and_lines() {
 #[test]
 fn key_matters_everywhere() {
     let long = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(4000));
-    let original = analyze_bytes(long.as_bytes(), &key(1), 5).unwrap().1;
-    for word in (0..long.len() / 8).chain(KEY_WORDS - 3..KEY_WORDS) {
+    let original = analyze_bytes(long.as_bytes(), &key(1), &at(5)).unwrap().1;
+    for word in (0..long.len() / 8).chain(KEY_WORDS - 6..KEY_WORDS) {
         let mut other = key(1);
         other.words[word] ^= 1;
-        assert_ne!(analyze_bytes(long.as_bytes(), &other, 5).unwrap().1, original, "key word {word}");
+        assert_ne!(analyze_bytes(long.as_bytes(), &other, &at(5)).unwrap().1, original, "key word {word}");
     }
 }
 
@@ -317,7 +347,7 @@ proptest! {
         let Ok((_, verdict)) = check(&judged) else { return Ok(()) };
         let Some((info, digest)) = guessed(&layout(&judged), &sent) else { return Ok(()) };
         // Not against the reference: the scan takes a name like `Content\rLength` for another, which the daemon's parser refuses.
-        let scanned = analyze_bytes(&sent, &key(1), 5);
+        let scanned = analyze_bytes(&sent, &key(1), &at(5));
         prop_assert_eq!(digest == verdict, scanned.is_ok_and(|(_, scanned)| scanned == verdict));
         if digest == verdict {
             prop_assert_eq!(scanned, Ok((info, digest)));
@@ -342,7 +372,7 @@ fn guessed(layout: &Layout, bytes: &[u8]) -> Option<(HeadInfo, HeadDigest)> {
         return None;
     }
     let length = mask(&mut buf, layout)?;
-    Some((HeadInfo::new(layout, length), digest::of_head(&mut buf, layout, &key(1), 5)))
+    Some((HeadInfo::new(layout, length), digest::of_head(&mut buf, layout, &key(1), &at(5))))
 }
 
 #[test]

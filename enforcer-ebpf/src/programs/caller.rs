@@ -9,7 +9,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_sock_ops;
 use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::programs::SockOpsContext;
-use enforcer_common::abi::{Counter, JoinKey, Joining, Sealed, is_joined};
+use enforcer_common::abi::{Counter, JoinKey, Joining, Origin, Sealed, is_joined};
 
 use super::sock_ops::{local, peer};
 use crate::kernel::{count, now_ns};
@@ -26,20 +26,15 @@ pub(super) fn publish(ctx: &SockOpsContext) {
     let Some(tcp) = tcp::of_sock_ops(ctx.as_ptr().cast()) else { return };
     let (initial_seq, _acknowledged) = tcp::sequences(tcp);
     let key = JoinKey { client, first_byte_seq: initial_seq.wrapping_add(1) };
-    let Some(noted) = CONNECTING.get_ptr(cookie) else {
-        let _ = CALLERS.remove(&key);
-        return;
-    };
+    let _ = CALLERS.remove(&key);
+    let Some(noted) = CONNECTING.get_ptr(cookie) else { return };
     // SAFETY: a valid map value, whoever's it is.
     let noted = unsafe { noted.read_volatile() };
     if !noted.is_whole() || noted.value.cookie != cookie {
-        let _ = CALLERS.remove(&key);
         return;
     }
     let joining = Sealed::new(Joining { key, caller: noted.value.caller });
-    if CALLERS.insert(&key, &joining, 0).is_err() {
-        let _ = CALLERS.remove(&key);
-    }
+    let _ = CALLERS.insert(&key, &joining, 0);
     let _ = CONNECTING.remove(cookie);
 }
 
@@ -62,6 +57,7 @@ pub(super) fn identify(ctx: &SockOpsContext) {
             let noted = noted.read_volatile();
             if noted.is_whole() && is_joined(&noted.value, &key, now_ns()) {
                 (*flow).caller = noted.value.caller;
+                (*flow).origin = Origin::new((*flow).endpoint_id, &(*flow).peer, &(*flow).caller);
                 Counter::CallerJoined
             } else {
                 Counter::CallerUnknown

@@ -28,15 +28,14 @@ use enforcer_common::abi::{
 use enforcer_common::flow::{Ctl, State};
 
 use super::hold;
-use super::punt::{self, Event};
+use super::punt::{self, Event, Payload};
 use super::sock_ops::{endpoint, v4, v6};
-use crate::kernel::{config, count};
+use crate::kernel::{IPPROTO_TCP, config, count};
 use crate::maps::{FLOWS, PUNTS};
 use crate::tcp;
 
 const PASS: i32 = 1;
 const DROP: i32 = 0;
-const IPPROTO_TCP: u32 = 6;
 const IPPROTO_UDP: u32 = 17;
 const TCP_SYN_RECV: u32 = 3;
 const TCP_LISTEN: u32 = 10;
@@ -272,6 +271,6 @@ fn report(ctx: &SkBuffContext, cookie: u64) {
         endpoint_id: 0,
         reason: Counter::GateStray,
         interface: 0,
-        ends: Some(Ends { local, peer }),
+        payload: Payload::Ends(Ends { local, peer }),
     });
 }

@@ -8,7 +8,7 @@
 use enforcer_common::abi::{Counter, FLOW_OBSERVE, Flow, PUNT_DEAD};
 use enforcer_common::flow;
 
-use super::punt::{self, Event};
+use super::punt::{self, Event, Payload};
 use crate::kernel::{CtlCell, Skb, count, memory_barrier, now_ns};
 use crate::maps::HOLD;
 use crate::tcp;
@@ -63,7 +63,7 @@ pub(crate) fn found_out(cookie: u64, flow: &mut Flow) {
         endpoint_id: flow.endpoint_id,
         reason: Counter::DeadUnjudged,
         interface: flow.interface,
-        ends: None,
+        payload: Payload::Nothing,
     });
 }
 

@@ -11,10 +11,11 @@ use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
     Counter, Handed, INJECT_HAND_BACK, INJECT_TO_CLIENT, INJECT_TO_SERVER, INJECT_TO_SINK, InjectHeader,
+    grant_slot,
 };
 use enforcer_common::flow::{Ctl, hand_back, may_inject};
 
-use super::use_grant;
+use super::{charge, use_grant};
 use crate::kernel::{CtlCell, count};
 use crate::maps::{FLOWS, SINK, SOCKETS};
 
@@ -57,6 +58,7 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
             unsafe { (&raw mut (*flow).evicted_grants).write_volatile(u64::MAX) };
             return failed();
         }
+        charge::hold_always(flow, grant_slot(header.grant_serial));
     }
     count(counter);
     SOCKETS.redirect_skb(ctx, header.cookie, flags) as u32

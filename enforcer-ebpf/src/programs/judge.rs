@@ -6,22 +6,22 @@ use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::stream_verdict;
 use aya_ebpf::programs::SkBuffContext;
 use enforcer_common::abi::{
-    Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, FLOW_PUNTED_ONCE, Flow, MODE_ENFORCE, MODE_OBSERVE,
-    PUNT_DEAD, PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict, reply_digits,
+    Counter, FLOW_OBSERVE, FLOW_PIPELINED, FLOW_PUNTED_ONCE, Flow, MODE_ENFORCE, MODE_OBSERVE, PUNT_DEAD,
+    PUNT_UNANSWERED, REPLY_DIGITS, REPLY_MAX_BYTES, Verdict, punt_limited, reply_digits,
 };
 use enforcer_common::flow::{
     Advance, Claim, Ctl, CtlWord as _, Next, State, advance, answered, claim, go_on, next, settle,
 };
 use enforcer_common::head::{HeadInfo, Miss, zero_words};
-use enforcer_common::verdict::{self, Known};
 
 use super::chunked::{self, Followed};
 use super::hold;
-use super::punt::{self, Event, Handed};
+use super::punt::{self, Event, Handed, Payload};
 use super::recognise::{self, Head};
 use super::use_grant;
+use super::weigh::{self, Action, KNOWN};
 use crate::kernel::{CtlCell, Skb, config, count, now_ns, observed};
-use crate::maps::{FLOWS, GRANTS, REPLIES, SOCKETS};
+use crate::maps::{FLOWS, REPLIES, SOCKETS};
 use crate::tcp;
 
 const _: () = assert!(MODE_OBSERVE >> 1 == FLOW_OBSERVE && MODE_ENFORCE >> 1 == 0);
@@ -166,43 +166,34 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
     // Between two requests a flow takes on the mode of the policy in force. Without a branch, which the verifier would follow through
     // all that comes after it.
     flow.flags = flow.flags & !FLOW_OBSERVE | config.mode >> 1 & FLOW_OBSERVE;
+    flow.limited = 0;
     let mut verdict = MaybeUninit::<Verdict>::uninit();
     // SAFETY: seven words, integers only.
     let verdict = unsafe {
         zero_words::<7>(verdict.as_mut_ptr().cast());
         verdict.assume_init_mut()
     };
-    let info = match recognise::head(input.skb, flow, verdict) {
-        Head::Read(info, true) => info,
-        Head::Read(info, false) => {
-            return punt(input, flow, config, now_ns, Counter::PuntUnknown, Some(info));
-        }
-        Head::Miss(miss) => {
-            let reason =
-                if miss == Miss::Incomplete { Counter::PuntIncomplete } else { Counter::PuntIrregular };
-            return punt(input, flow, config, now_ns, reason, None);
-        }
+    let (info, known) = match recognise::head(input.skb, flow, verdict) {
+        Head::Read(info, true) => (info, KNOWN),
+        Head::Read(info, false) => (info, Counter::PuntUnknown as u32),
+        Head::Miss(Miss::Incomplete) => (HeadInfo::NONE, Counter::PuntIncomplete as u32),
+        Head::Miss(Miss::Irregular) => (HeadInfo::NONE, Counter::PuntIrregular as u32),
         Head::NoScratch => return Outcome::dead(Counter::DeadScratch),
         Head::Failed => return Outcome::dead(Counter::DeadHelper),
     };
-    let grant = if verdict.kind == VERDICT_ALLOW { GRANTS.get_ptr_mut(verdict.index) } else { None };
-    // SAFETY: a valid map value; see `Grant` for why a grant is never half of another.
-    let known = verdict::judge(verdict, grant.map(|grant| unsafe { &*grant }), config, now_ns);
-    match known {
-        Known::Allow(counter) => {
-            if let Some(grant) = grant {
-                // SAFETY: as above. The count may lose one when two CPUs use a grant at once; nothing is decided by it.
-                unsafe { (*grant).requests = (*grant).requests.wrapping_add(1) };
-                if flow.grants[0] != verdict.grant_serial {
-                    use_grant(&raw mut *flow, verdict.grant_serial);
-                }
-            }
-            flow.allowed += 1;
-            pass_request(input, info, counter)
+    let weighed = weigh::request(flow, verdict, known, now_ns, input.len);
+    let counter = weighed.counter();
+    match weighed.action() {
+        Action::Pass => pass_request(input, info, counter),
+        Action::Reply if input.skb.tcp().is_none_or(tcp::server_blocks) => {
+            Outcome::Punt(Counter::PuntBlockingServer, 0)
         }
-        Known::Deny(_) if flow.flags & FLOW_OBSERVE != 0 => pass_request(input, info, Counter::WouldRefuse),
-        Known::Deny(reply_id) => refuse(input, flow, info, reply_id, Counter::Refused),
-        Known::Stale(reason) => punt(input, flow, config, now_ns, reason, Some(info)),
+        Action::Reply | Action::ReplyAlone => {
+            flow.refused += 1;
+            refuse(input, info, weighed.reply_id(), counter)
+        }
+        Action::Punt => Outcome::Punt(counter, 0),
+        Action::Dead => Outcome::dead(counter),
     }
 }
 
@@ -227,51 +218,11 @@ fn pass_request(input: &Input<'_>, info: HeadInfo, counter: Counter) -> Outcome 
 }
 
 #[inline(always)]
-fn refuse(input: &Input<'_>, flow: &mut Flow, info: HeadInfo, reply_id: u32, counter: Counter) -> Outcome {
-    if flow.flags & FLOW_PIPELINED != 0 {
-        return Outcome::dead(Counter::DeadUnanswered);
-    }
-    let left = match advance(u64::from(info.head_bytes) + info.content_length, input.len) {
-        Advance::Within(left) => left,
-        Advance::End => 0,
-        Advance::Past => return Outcome::dead(Counter::DeadPipelined),
-    };
-    let fits = REPLIES.get(reply_id).is_some_and(|reply| {
-        reply.min_bytes != 0 && input.len >= u64::from(reply.min_bytes) && input.len <= REPLY_MAX_BYTES as u64
-    });
-    if !fits {
-        return if matches!(counter, Counter::RefusedUnavailable) {
-            Outcome::dead(Counter::DeadUnavailable)
-        } else {
-            Outcome::Punt(Counter::PuntReplyTooLong, 0)
-        };
-    }
-    if matches!(counter, Counter::Refused) && input.skb.tcp().is_none_or(tcp::server_blocks) {
-        return Outcome::Punt(Counter::PuntBlockingServer, 0);
-    }
-    flow.refused += 1;
-    Outcome::Reply(counter, reply_id, left)
-}
-
-/// A head for the daemon, if it is alive; else 503 where that is possible.
-#[inline(always)]
-fn punt(
-    input: &Input<'_>,
-    flow: &mut Flow,
-    config: &Config,
-    now_ns: u64,
-    reason: Counter,
-    info: Option<HeadInfo>,
-) -> Outcome {
-    // Signed: the daemon may have shown itself since `now_ns` was read.
-    let age_ns = now_ns.wrapping_sub(config.heartbeat_ns) as i64;
-    let alive = config.abi_version != 0 && age_ns < config.heartbeat_limit_ns as i64;
-    if alive || flow.flags & FLOW_OBSERVE != 0 {
-        return Outcome::Punt(reason, 0);
-    }
-    match info {
-        Some(info) => refuse(input, flow, info, flow.unavailable_reply_id, Counter::RefusedUnavailable),
-        None => Outcome::dead(Counter::DeadUnavailable),
+fn refuse(input: &Input<'_>, info: HeadInfo, reply_id: u32, counter: Counter) -> Outcome {
+    match advance(u64::from(info.head_bytes) + info.content_length, input.len) {
+        Advance::Within(left) => Outcome::Reply(counter, reply_id, left),
+        Advance::End => Outcome::Reply(counter, reply_id, 0),
+        Advance::Past => Outcome::dead(Counter::DeadPipelined),
     }
 }
 
@@ -328,7 +279,7 @@ fn act(input: &Input<'_>, flow: &mut Flow, outcome: Outcome) -> u32 {
 fn hand_over(input: &Input<'_>, flow: &mut Flow, ctl: Ctl, reason: Counter, skip_bytes: u64) -> u32 {
     flow.punted_bytes += input.len;
     let unanswered = input.unanswered || flow.flags & FLOW_PIPELINED != 0;
-    let flags = if unanswered { PUNT_UNANSWERED } else { 0 };
+    let flags = if unanswered { PUNT_UNANSWERED } else { 0 } | punt_limited(flow.limited);
     let what = Handed { reason, flags, write_seq: input.write_seq, skip_bytes };
     match punt::bytes(input.skb, flow, input.cookie, ctl, &what) {
         // Observe mode: the daemon has a copy, the server gets the bytes.
@@ -392,7 +343,7 @@ fn dead(input: &Input<'_>, flow: &mut Flow, reason: Counter) -> u32 {
         endpoint_id: flow.endpoint_id,
         reason,
         interface: flow.interface,
-        ends: None,
+        payload: Payload::Nothing,
     });
     input.skb.swallow(flow)
 }

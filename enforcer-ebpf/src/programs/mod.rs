@@ -1,6 +1,7 @@
 //! One file per hook, and the parts that they are made of.
 
 pub(crate) mod caller;
+pub(crate) mod charge;
 pub(crate) mod chunked;
 pub(crate) mod connect;
 pub(crate) mod gate;
@@ -10,6 +11,7 @@ pub(crate) mod judge;
 pub(crate) mod punt;
 pub(crate) mod recognise;
 pub(crate) mod sock_ops;
+pub(crate) mod weigh;
 
 use enforcer_common::abi::Flow;
 use enforcer_common::flow;

@@ -2,7 +2,7 @@
 
 use core::mem::MaybeUninit;
 
-use enforcer_common::abi::{Counter, FLOW_LAYOUTS, Flow, HeadDigest, Verdict, is_verdict_of};
+use enforcer_common::abi::{Counter, FLOW_LAYOUTS, Flow, HeadDigest, Origin, Verdict, is_verdict_of};
 use enforcer_common::digest::{self, DigestKey};
 use enforcer_common::head::{
     HEAD_MAX_BYTES, HeadBuf, HeadInfo, Layout, MAX_BLOCKS, Miss, Scan, Step, mask_value, mask_with, may_have,
@@ -62,7 +62,7 @@ unsafe fn in_slot(
     buf: *mut HeadBuf,
     verdict: &mut Verdict,
 ) -> Result<Head, Failed> {
-    let endpoint_id = flow.endpoint_id;
+    let origin = &raw const flow.origin;
     let len = skb.len();
     let len = if len > HEAD_MAX_BYTES as u32 { HEAD_MAX_BYTES as u32 } else { len };
     let mut layout = Layout::none();
@@ -76,7 +76,7 @@ unsafe fn in_slot(
     unsafe { skb.load::<{ HEAD_MAX_BYTES as u32 }>(0, buf.cast::<u8>(), len)? };
     // SAFETY: as above.
     if remembered(flow, unsafe { &*buf }, len, &mut layout) {
-        let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, digest);
+        let content_length = mask_and_digest(buf, key, &raw const layout, origin, digest);
         if content_length != IRREGULAR && verdict_of(digest, verdict) != 0 {
             return Ok(Head::Read(HeadInfo::new(&layout, content_length), true));
         }
@@ -95,7 +95,7 @@ unsafe fn in_slot(
         Ok(layout) => layout,
         Err(miss) => return Ok(Head::Miss(miss)),
     };
-    let content_length = mask_and_digest(buf, key, &raw const layout, endpoint_id, digest);
+    let content_length = mask_and_digest(buf, key, &raw const layout, origin, digest);
     if content_length == IRREGULAR {
         return Ok(Head::Miss(Miss::Irregular));
     }
@@ -137,18 +137,18 @@ extern "C" fn mask_and_digest(
     buf: *mut HeadBuf,
     key: *const DigestKey,
     layout: *const Layout,
-    endpoint_id: u32,
+    origin: *const Origin,
     digest: *mut HeadDigest,
 ) -> u64 {
-    if buf.is_null() || key.is_null() || layout.is_null() || digest.is_null() {
+    if buf.is_null() || key.is_null() || layout.is_null() || origin.is_null() || digest.is_null() {
         return IRREGULAR;
     }
     // SAFETY: the callers' pointers are valid; the verifier checks each access against the types' sizes.
-    let (buf, key, layout) = unsafe { (&mut *buf, &*key, &*layout) };
+    let (buf, key, layout, origin) = unsafe { (&mut *buf, &*key, &*layout, &*origin) };
     let ok = |buf: &mut HeadBuf, from, to| mask_range(&raw mut *buf, from, to) != 0;
     let Some(content_length) = mask_with(buf, layout, ok) else { return IRREGULAR };
     // SAFETY: as above.
-    unsafe { *digest = digest::of_head(buf, layout, key, endpoint_id) };
+    unsafe { *digest = digest::of_head(buf, layout, key, origin) };
     content_length
 }
 

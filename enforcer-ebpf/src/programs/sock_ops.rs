@@ -14,13 +14,13 @@ use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use enforcer_common::abi::{
     Counter, Endpoint, EndpointKey, FAMILY_V4, FAMILY_V6, FLOW_OBSERVE, FLOW_PUNTED_ONCE, Flow, MODE_OBSERVE,
-    PUNT_CLOSED, PUNT_FENCED,
+    Origin, PUNT_CLOSED, PUNT_FENCED,
 };
 use enforcer_common::flow::{Ctl, State};
 
-use super::caller;
 use super::hold;
-use super::punt::{self, Event};
+use super::punt::{self, Event, Payload};
+use super::{caller, charge};
 use crate::kernel::{CtlCell, config, count, now_ns};
 use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
 use crate::tcp;
@@ -84,6 +84,7 @@ fn established(ctx: &SockOpsContext) {
             (*flow).interface = interface;
             (*flow).next_byte_seq = (*ctx.as_ptr().cast::<bpf_sock_ops>()).rcv_nxt;
             (*flow).cookie = cookie;
+            (*flow).origin = Origin::new(endpoint.endpoint_id, &(*flow).peer, &(*flow).caller);
             // Seen by another CPU that still holds the memory's last flow, the word is none that it knows.
             CtlCell::new(&raw mut (*flow).ctl).store(Ctl::new(State::Head, cookie as u32, 0));
         }
@@ -117,7 +118,7 @@ fn established(ctx: &SockOpsContext) {
             endpoint_id: endpoint.endpoint_id,
             reason: Counter::SocketFenced,
             interface,
-            ends: None,
+            payload: Payload::Nothing,
         });
     }
     // SAFETY: the context is valid.
@@ -160,6 +161,7 @@ fn closed(ctx: &SockOpsContext) {
     let Some(flow) = (unsafe { FLOWS.get(cookie) }) else { return };
     let (flags, netns_cookie, endpoint_id) = (flow.flags, flow.netns_cookie, flow.endpoint_id);
     let interface = flow.interface;
+    charge::let_go(core::ptr::from_ref(flow).cast_mut());
     let _ = FLOWS.remove(cookie);
     count(Counter::FlowClosed);
     if flags & FLOW_PUNTED_ONCE != 0 {
@@ -170,7 +172,7 @@ fn closed(ctx: &SockOpsContext) {
             endpoint_id,
             reason: Counter::FlowClosed,
             interface,
-            ends: None,
+            payload: Payload::Nothing,
         });
     }
 }

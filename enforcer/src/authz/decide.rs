@@ -5,6 +5,7 @@ use crate::http::answer::{self, Answer, Draft};
 use crate::http::head::{self, Connection, Credentials, Framing, Head, Origin};
 use crate::http::metadata;
 use crate::policy::Server;
+use crate::workload::{BindFault, CallerView, callers_allow};
 
 /// Seconds after which a client may try again when keys are unavailable.
 const KEYS_RETRY_AFTER_SECONDS: u32 = 5;
@@ -62,6 +63,8 @@ pub enum Decision<'h, V> {
         cacheable: bool,
         /// The connection stays open after the request.
         keep_alive: bool,
+        /// Only if no other workload presented a token of its principal before: a binding to the first use.
+        first_use: bool,
     },
     /// It goes to the server without a token: a public path, or the server's own metadata. It has no body.
     Public {
@@ -83,8 +86,10 @@ pub enum Decision<'h, V> {
         /// How much body to discard before the next head; `None` where that is unknown. When the answer closes
         /// the connection, everything that follows is discarded.
         framing: Option<Framing>,
-        /// How long the same head may get the same answer from the kernel.
+        /// How long the same head may get the same answer from the kernel, on the connections of the same caller.
         cache: CacheFor,
+        /// The token is good, and not this caller's.
+        misplaced: Option<Misplaced<'h, V>>,
     },
     /// The token names a key that is not at hand.
     NeedKey {
@@ -95,6 +100,17 @@ pub enum Decision<'h, V> {
         /// The key's id, chosen by the client.
         kid: String,
     },
+}
+
+/// A good token that its caller may not present.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Misplaced<'h, V> {
+    /// What the token says.
+    pub verified: V,
+    /// The token itself, for its fingerprint. Never log it.
+    pub token: &'h str,
+    /// Why the caller may not.
+    pub fault: BindFault,
 }
 
 /// Leaves the token out.
@@ -113,7 +129,7 @@ impl<V: std::fmt::Debug> std::fmt::Debug for Decision<'_, V> {
                 .field("server_index", server_index)
                 .field("cacheable", cacheable)
                 .finish_non_exhaustive(),
-            Self::Answer { server_index, answer, framing, cache } => f
+            Self::Answer { server_index, answer, framing, cache, .. } => f
                 .debug_struct("Answer")
                 .field("server_index", server_index)
                 .field("status", &answer.status)
@@ -137,44 +153,60 @@ enum Route<'a> {
     Nothing,
 }
 
+impl<'a> Route<'a> {
+    fn server(&self) -> Option<(usize, &'a Server)> {
+        match *self {
+            Self::Mcp(index, server) | Self::Public(index, server) | Self::Metadata(index, server) => {
+                Some((index, server))
+            }
+            Self::Nothing => None,
+        }
+    }
+}
+
 /// Decides about one request. `endpoint_servers` are the servers that share the endpoint it arrived at.
 ///
 /// The checks, in order; the first that fails makes the answer, and nothing but passing all of them is an allow:
 ///
 /// 1. the head has exactly one reading ([`head::parse_head`]): else 400, 413, 417, 431, 501 or 505, and close;
 /// 2. the path is a server's, by the longest match, or public, or a metadata URL: else 404. Metadata is answered
-///    here, before Host and Origin: it is for everyone, and does not depend on them;
-/// 3. a query stands only behind an MCP path: else 404;
-/// 4. Host is on the server's list: else 403;
-/// 5. Origin is absent or on the list, once: else 403. An answer to a listed origin is readable by its page;
-/// 6. the method is POST, GET or DELETE (GET and HEAD for a public path): else 405. A CORS preflight (OPTIONS, a
+///    after the next two, before Host and Origin: it is for everyone, and does not depend on them;
+/// 3. the caller is one of the server's, also for public paths and metadata: else 403;
+/// 4. a query stands only behind an MCP path: else 404;
+/// 5. Host is on the server's list: else 403;
+/// 6. Origin is absent or on the list, once: else 403. An answer to a listed origin is readable by its page;
+/// 7. the method is POST, GET or DELETE (GET and HEAD for a public path): else 405. A CORS preflight (OPTIONS, a
 ///    listed Origin, Access-Control-Request-Method) is answered here and never reaches the server;
-/// 7. only POST has a body: else 400, and close. A server that does not expect a body there would read it as the
+/// 8. only POST has a body: else 400, and close. A server that does not expect a body there would read it as the
 ///    next request, which nobody judged. Public paths end here;
-/// 8. there is exactly one well-formed bearer: else 401 without an error, or 400;
-/// 9. the token is good for this server: else 401; a key that is not at hand first leads to
-///    [`Decision::NeedKey`]; an issuer without usable keys to 503, since 401 would make the client drop a token
-///    that may be good;
-/// 10. the token grants every scope that the server needs: else 403.
+/// 9. there is exactly one well-formed bearer: else 401 without an error, or 400;
+/// 10. the token is good for this server: else 401; a key that is not at hand first leads to
+///     [`Decision::NeedKey`]; an issuer without usable keys to 503, since 401 would make the client drop a token
+///     that may be good;
+/// 11. the caller may present it, by every rule that binds it: else 401, as for a token that is bound to another's certificate (RFC 8705,
+///     section 3);
+/// 12. the token grants every scope that the server needs: else 403.
 pub fn decide<'h, T: TokenVerifier>(
     head_bytes: &'h [u8],
     endpoint_servers: &[&Server],
     verifier: &T,
+    caller: &CallerView<'_>,
     options: &Options,
 ) -> Decision<'h, T::Verified> {
     let head = match head::parse_head(head_bytes, options.max_head_bytes) {
         Ok(head) => head,
-        Err(error) => {
-            return Decision::Answer {
-                server_index: None,
-                answer: answer::broken_head(&error).finish(""),
-                framing: None,
-                cache: CacheFor::Never,
-            };
-        }
+        Err(error) => return broken(&error),
     };
     let request = Request { head: &head };
     let route = route(head.path(), endpoint_servers);
+    if let Some((index, server)) = route.server()
+        && !callers_allow(server, caller)
+    {
+        // Who is not resolved yet may be so a second later.
+        let resolved = caller.workload.is_some_and(|workload| workload.cgroup_path.is_some());
+        let cache = if resolved { CacheFor::UntilPolicyChange } else { CacheFor::Short };
+        return request.refuse(Some(index), answer::forbidden("caller-not-allowed"), cache);
+    }
     let (index, server, public) = match route {
         Route::Mcp(index, server) => (index, server, false),
         _ if head.query().is_some() => {
@@ -253,6 +285,16 @@ pub fn decide<'h, T: TokenVerifier>(
             );
         }
     };
+    let bound = match verifier.bind(&verified, server, caller) {
+        Ok(bound) => bound,
+        Err(fault) => {
+            let mut refusal = refuse(answer::invalid_token(server, fault.name()), CacheFor::Short);
+            if let Decision::Answer { misplaced, .. } = &mut refusal {
+                *misplaced = Some(Misplaced { verified, token, fault });
+            }
+            return refusal;
+        }
+    };
     if !verifier.missing_scopes(&verified, &server.scopes).is_empty() {
         return refuse(answer::insufficient_scope(server, &server.scopes), CacheFor::Short);
     }
@@ -263,6 +305,28 @@ pub fn decide<'h, T: TokenVerifier>(
         framing: head.framing(),
         cacheable: request.is_recognisable(),
         keep_alive: request.keeps_alive(),
+        first_use: bound.first_use,
+    }
+}
+
+/// The answer to a request that is over a limit, whatever it asks for; the connection lives on where the request's end is known.
+pub fn over_limit<'h, V>(head_bytes: &'h [u8], retry_after_secs: u32, options: &Options) -> Decision<'h, V> {
+    match head::parse_head(head_bytes, options.max_head_bytes) {
+        Ok(head) => {
+            let draft = answer::over_limit("over-limit", retry_after_secs);
+            Request { head: &head }.refuse(None, draft, CacheFor::Never)
+        }
+        Err(error) => broken(&error),
+    }
+}
+
+fn broken<'h, V>(error: &head::HeadError) -> Decision<'h, V> {
+    Decision::Answer {
+        server_index: None,
+        answer: answer::broken_head(error).finish(""),
+        framing: None,
+        cache: CacheFor::Never,
+        misplaced: None,
     }
 }
 
@@ -349,7 +413,8 @@ impl Request<'_, '_> {
         // The kernel's replies keep the connection open, and have a body.
         let repeatable = self.is_recognisable() && !answer.close && self.head.method() != "HEAD";
         let cache = if repeatable { cache } else { CacheFor::Never };
-        Decision::Answer { server_index, answer, framing: Some(self.head.framing()), cache }
+        let framing = Some(self.head.framing());
+        Decision::Answer { server_index, answer, framing, cache, misplaced: None }
     }
 
     fn public<'h, V>(&self, server_index: usize) -> Decision<'h, V> {

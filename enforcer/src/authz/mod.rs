@@ -6,5 +6,5 @@ mod decide;
 mod tests;
 mod verifier;
 
-pub use decide::{CacheFor, Decision, KeyLookup, Options, decide};
+pub use decide::{CacheFor, Decision, KeyLookup, Misplaced, Options, decide, over_limit};
 pub use verifier::{TokenFault, TokenVerifier};

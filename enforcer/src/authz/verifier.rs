@@ -1,6 +1,7 @@
 //! What the decision needs from token verification.
 
 use crate::policy::Server;
+use crate::workload::{BindFault, Bound, CallerView};
 
 /// Verifies access tokens. Keys and time are the implementation's: the decision only asks.
 pub trait TokenVerifier {
@@ -12,6 +13,17 @@ pub trait TokenVerifier {
     /// # Errors
     /// Why it is not, or cannot be judged yet.
     fn verify(&self, token: &str, server: &Server) -> Result<Self::Verified, TokenFault>;
+
+    /// May this caller present the token to this server?
+    ///
+    /// # Errors
+    /// The rule that does not hold.
+    fn bind(
+        &self,
+        verified: &Self::Verified,
+        server: &Server,
+        caller: &CallerView<'_>,
+    ) -> Result<Bound, BindFault>;
 
     /// Those of the scopes `needed` that the token does not grant, hierarchies included.
     fn missing_scopes(&self, verified: &Self::Verified, needed: &[String]) -> Vec<String>;

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::super::exit::code_of;
 use super::*;
-use crate::policy::{Algorithm, DEFAULT_DAEMON_TIMEOUT, Issuer, KeySource, Mode};
+use crate::policy::{Algorithm, DEFAULT_DAEMON_TIMEOUT, DEFAULT_UNKNOWN, Issuer, KeySource, Mode};
 use crate::token::testing::{self, RESOURCE, TestKey};
 
 const KID: &str = "key-1";
@@ -19,6 +19,10 @@ fn policy_with_key_file(jwks: PathBuf) -> (Policy, Arc<Server>) {
         daemon_timeout: DEFAULT_DAEMON_TIMEOUT,
         issuers: vec![issuer],
         servers: vec![Arc::clone(&server)],
+        workloads: Vec::new(),
+        limits: Vec::new(),
+        unknown: DEFAULT_UNKNOWN,
+        refused: None,
     };
     (policy, server)
 }

@@ -52,7 +52,7 @@ pub(crate) fn mebibytes(bytes: u64) -> String {
 }
 
 /// An address of the ABI.
-pub(super) fn ip(key: &EndpointKey) -> IpAddr {
+pub(crate) fn ip(key: &EndpointKey) -> IpAddr {
     let [a, b, c, d, ..] = key.addr;
     if key.family == FAMILY_V4 { Ipv4Addr::new(a, b, c, d).into() } else { Ipv6Addr::from(key.addr).into() }
 }

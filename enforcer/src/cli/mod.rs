@@ -6,6 +6,7 @@ mod check;
 mod doctor;
 pub mod exit;
 mod explain;
+mod first_users;
 pub(crate) mod format;
 mod live;
 mod output;
@@ -112,6 +113,7 @@ enum Command {
     ///
     /// Tokens are shown by a keyed fingerprint, the same that stands in the log.
     Grants,
+    FirstUsers(first_users::Command),
     Counters(CountersCommand),
     /// Tokens that are refused although issuer and policy would accept them, by number
     Revocations,
@@ -185,6 +187,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Workloads => view::workloads(&global),
         Command::Verdicts => view::verdicts(&global),
         Command::Grants => view::grants(&global),
+        Command::FirstUsers(command) => first_users::run(&command, &global),
         Command::Counters(command) => view::counters(&global, command.all),
         Command::Revocations => view::revocations(&global),
         Command::Revoke(command) => revoke::run(&command, &global),

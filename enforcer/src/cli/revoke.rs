@@ -7,8 +7,8 @@ use anyhow::Context as _;
 use clap::{ArgGroup, Args};
 use enforcer_common::abi::{
     Ends, MAX_REVOCATIONS, MODE_OBSERVE, NameHash, REVOCATION_NEXT_ID, REVOCATION_TOKEN_LIFE_SECS,
-    REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKED_BY_OPERATOR,
-    Revocation, Text, grant_slot, text, text_str,
+    REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKE_WORKLOAD,
+    REVOKED_BY_OPERATOR, Revocation, Text, grant_slot, text, text_str,
 };
 use serde::Serialize;
 
@@ -35,12 +35,13 @@ const SECOND_LOOK: Duration = Duration::from_millis(20);
 #[derive(Debug, Args)]
 #[command(
     group = ArgGroup::new("which").required(true).multiple(true)
-        .args(["token_fingerprint", "issuer", "subject", "client", "server", "all"]),
+        .args(["token_fingerprint", "issuer", "subject", "client", "server", "workload", "all"]),
     after_long_help = "\
 Examples:
   enforcer revoke --token-fingerprint 5bdcc146bf60754e6a042426089575c7   as `enforcer grants` shows it
   enforcer revoke --issuer corp --subject alice
   enforcer revoke --client editor --server files
+  enforcer revoke --workload agent.service                               as `enforcer workloads` shows it
   enforcer revoke --all                                                  every token issued up to now
   enforcer unrevoke 3                                                    takes number 3 back"
 )]
@@ -60,8 +61,12 @@ pub(super) struct Command {
     /// At this server only: tokens that are good elsewhere stay so
     #[arg(long, value_name = "NAME")]
     server: Option<String>,
+    /// When this workload presents them: unit, container, pod, cgroup path, or the address of a caller elsewhere, as `enforcer workloads` and the
+    /// log show it
+    #[arg(long, value_name = "NAME")]
+    workload: Option<String>,
     /// Every token
-    #[arg(long, conflicts_with_all = ["token_fingerprint", "issuer", "subject", "client", "server"])]
+    #[arg(long, conflicts_with_all = ["token_fingerprint", "issuer", "subject", "client", "server", "workload"])]
     all: bool,
 }
 
@@ -315,6 +320,7 @@ impl Command {
         let subject_hash = asked(REVOKE_SUBJECT, &self.subject);
         let client_hash = asked(REVOKE_CLIENT, &self.client);
         let server_hash = asked(REVOKE_SERVER, &self.server);
+        let workload_hash = asked(REVOKE_WORKLOAD, &self.workload);
         if self.token_fingerprint.is_some() {
             selectors |= REVOKE_TOKEN;
         }
@@ -327,12 +333,14 @@ impl Command {
             subject_hash,
             client_hash,
             server_hash,
+            workload_hash,
             selectors,
             exact_end: 0,
             issuer: begins(&self.issuer),
             subject: begins(&self.subject),
             client_id: begins(&self.client),
             server: begins(&self.server),
+            workload: begins(&self.workload),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the daemon's tables add up to.
 
-use enforcer_common::abi::{MAX_GRANTS, MAX_REPLIES, PUNTS_BYTES, REPLY_MAX_BYTES};
+use enforcer_common::abi::{MAX_BUCKETS, MAX_GRANTS, MAX_REPLIES, PUNTS_BYTES, REPLY_MAX_BYTES};
 
 use super::doomed::{DOOMED_BYTES, MAX_DOOMED};
 use super::engine::{FLOW_BYTES, FLOWS_MAX, PARKED_TOTAL_MAX_BYTES};
@@ -9,7 +9,9 @@ use super::remembered;
 /// A growing table or buffer is at most twice as large as what is in it.
 const SLACK: u64 = 2;
 /// A grant in the two tables that hold it, and a slot that rests.
-const GRANT_BYTES: u64 = 256;
+const GRANT_BYTES: u64 = 384;
+/// A limit's bucket in the tables that hold it.
+const BUCKET_BYTES: u64 = 128;
 /// Program, thread stacks, policy, key sets, log buffers, and what parsing the kernel's type information at the start leaves with the
 /// allocator.
 const BASE_BYTES: u64 = 128 << 20;
@@ -22,5 +24,6 @@ pub const MEMORY_MAX_BYTES: u64 = BASE_BYTES
     + SLACK * FLOWS_MAX as u64 * FLOW_BYTES
     + SLACK * MAX_DOOMED as u64 * DOOMED_BYTES
     + SLACK * MAX_GRANTS as u64 * GRANT_BYTES
+    + SLACK * MAX_BUCKETS as u64 * BUCKET_BYTES
     + SLACK * remembered::ALL_MAX_BYTES as u64
     + SLACK * MAX_REPLIES as u64 * REPLY_MAX_BYTES as u64;

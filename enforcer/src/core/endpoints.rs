@@ -45,6 +45,18 @@ pub fn endpoint_keys(policy: &Policy) -> BTreeSet<EndpointKey> {
 }
 
 impl Endpoints {
+    /// No address.
+    pub(super) const NOWHERE: EndpointKey =
+        EndpointKey { addr: [0; 16], port: 0, family: FAMILY_V6, zero: 0 };
+
+    /// Names of the servers on an endpoint.
+    #[must_use]
+    pub fn names(&self, endpoint_id: u32) -> String {
+        let servers =
+            self.0.get(&endpoint_id).map(|endpoint| endpoint.servers.as_slice()).unwrap_or_default();
+        servers.iter().map(|(_, server)| server.name.as_str()).collect::<Vec<_>>().join(",")
+    }
+
     /// The endpoints of a policy under the numbers that were given for it. An endpoint's servers are all whose listeners cover it: a
     /// connection to `127.0.0.1:80` reaches who listens there and who listens on `0.0.0.0:80` or `[::]:80`.
     #[must_use]

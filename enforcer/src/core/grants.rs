@@ -1,11 +1,11 @@
 //! Which token holds which slot of the kernel's grants.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
 use enforcer_common::abi::{
-    GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, REVOKED_BY_OPERATOR, grant_bit,
-    grant_serial, text,
+    GRANT_BUCKETS, GRANT_SLOT_BITS, Grant, GrantLabel, MAX_GRANTS, NameHash, Origin, REVOKED_BY_OPERATOR,
+    grant_bit, grant_serial, text,
 };
 
 use tracing::error;
@@ -35,6 +35,8 @@ pub struct Granted {
     pub serial: u64,
     /// When it ends, on `CLOCK_BOOTTIME`.
     pub deadline_ns: u64,
+    /// The token had none from this caller.
+    pub is_new: bool,
 }
 
 /// What a grant is given for.
@@ -50,9 +52,18 @@ pub struct GrantFor<'a> {
     pub server: &'a str,
     /// Policy generation.
     pub generation: u64,
+    /// Who presents the token: [`Origin::caller`].
+    pub caller: Origin,
+    /// The workload's name.
+    pub workload: &'a str,
+    /// Hashes of its names.
+    pub workload_hashes: [NameHash; 2],
+    /// Buckets that its requests are charged to.
+    pub buckets: [u32; GRANT_BUCKETS],
 }
 
-type Key = (Fingerprint, u32);
+/// A token, who presents it, and the number of the server.
+type Key = (Fingerprint, Origin, u32);
 
 /// A slot's grant.
 #[derive(Debug, Clone, Copy)]
@@ -61,19 +72,21 @@ struct InUse {
     serial: u64,
     /// When its token is refused whatever leeway a policy allows, in Unix seconds.
     token_over_unix_secs: u64,
+    buckets: [u32; GRANT_BUCKETS],
 }
 
 impl InUse {
-    const fn new(key: Key, serial: u64, expires_at_unix_secs: u64) -> Self {
-        Self { key, serial, token_over_unix_secs: expires_at_unix_secs.saturating_add(MAX_LEEWAY_SECS) }
+    const fn new(key: Key, serial: u64, expires_at_unix_secs: u64, buckets: [u32; GRANT_BUCKETS]) -> Self {
+        let token_over_unix_secs = expires_at_unix_secs.saturating_add(MAX_LEEWAY_SECS);
+        Self { key, serial, token_over_unix_secs, buckets }
     }
 }
 
-/// The slots, by token and server.
+/// The slots, by token, caller and server.
 #[cfg_attr(test, derive(Clone))]
 #[derive(Debug)]
 pub struct GrantTable {
-    held: HashMap<Key, Granted>,
+    held: BTreeMap<Key, Granted>,
     /// Slots in use, by the end of their grants: also of those that gave way to another grant of the same token.
     by_deadline: BTreeMap<(u64, u32), InUse>,
     /// When tokens end, in Unix seconds, and their slots: what streams must end next.
@@ -90,7 +103,7 @@ impl GrantTable {
     #[must_use]
     pub fn new(first_serial: u64) -> Self {
         Self {
-            held: HashMap::new(),
+            held: BTreeMap::new(),
             by_deadline: BTreeMap::new(),
             by_end: BTreeSet::new(),
             resting: VecDeque::new(),
@@ -111,13 +124,14 @@ impl GrantTable {
             }
             self.next_slot = slot + 1;
             self.next_number = self.next_number.max(grant.serial >> GRANT_SLOT_BITS);
-            let key = (Fingerprint(grant.fingerprint), grant.server_id);
-            let in_use = InUse::new(key, grant.serial, grant.expires_at_unix_secs);
+            let key = (Fingerprint(grant.fingerprint), grant.caller, grant.server_id);
+            let in_use = InUse::new(key, grant.serial, grant.expires_at_unix_secs, grant.buckets);
             self.by_deadline.insert((grant.deadline_ns, slot), in_use);
             self.by_end.insert((grant.ends_at_unix_secs, slot));
             let newest = self.held.get(&key).is_none_or(|held| held.serial < grant.serial);
             if newest && grant.generation == generation && grant.revoked == 0 {
-                let granted = Granted { slot, serial: grant.serial, deadline_ns: grant.deadline_ns };
+                let granted =
+                    Granted { slot, serial: grant.serial, deadline_ns: grant.deadline_ns, is_new: false };
                 self.held.insert(key, granted);
             }
         }
@@ -154,7 +168,7 @@ impl GrantTable {
         // To the instant: a grant that ended with the second in which it was given would outlive its token by what is over of that.
         let left_ns = left_secs.saturating_mul(1_000_000_000).saturating_sub(now.unix_subsec_ns.into());
         let deadline_ns = now.boot_ns.saturating_add(left_ns.min(GRANT_MAX_NS));
-        let key = (ask.fingerprint, ask.server_id);
+        let key = (ask.fingerprint, ask.caller, ask.server_id);
         let held = match self.held.get(&key) {
             Some(held) => {
                 let current = datapath.grant(held.slot).ok()?;
@@ -174,14 +188,14 @@ impl GrantTable {
             serial,
             deadline_ns,
             generation: ask.generation,
-            workload_id: 0,
+            caller: ask.caller,
             principal_id: token.principal().id(),
             granted_ns: now.boot_ns,
             expires_at_unix_secs: token.expires_at,
             ends_at_unix_secs: token.not_after_unix_secs,
             requests,
             fingerprint: ask.fingerprint.0,
-            buckets: [0; GRANT_BUCKETS],
+            buckets: ask.buckets,
             server_id: ask.server_id,
             revoked: 0,
         };
@@ -199,11 +213,33 @@ impl GrantTable {
         }
         let evidence = Arc::clone(&token.evidence);
         self.remembered.keep(Claims { serial, server_id: ask.server_id, evidence });
-        let granted = Granted { slot, serial, deadline_ns };
+        let granted = Granted { slot, serial, deadline_ns, is_new: held.is_none() };
         self.held.insert(key, granted);
-        self.by_deadline.insert((deadline_ns, slot), InUse::new(key, serial, token.expires_at));
+        self.by_deadline.insert((deadline_ns, slot), InUse::new(key, serial, token.expires_at, ask.buckets));
         self.by_end.insert((token.not_after_unix_secs, slot));
         Some(granted)
+    }
+
+    /// Others that hold a grant of the same token.
+    #[must_use]
+    pub fn other_callers(&self, fingerprint: Fingerprint, but: &Origin) -> BTreeSet<Origin> {
+        const LAST: Origin = Origin { words: [u64::MAX; 4] };
+        let of_token = (fingerprint, Origin::NONE, 0)..=(fingerprint, LAST, u32::MAX);
+        self.held.range(of_token).map(|((_, caller, _), _)| *caller).filter(|caller| caller != but).collect()
+    }
+
+    /// Buckets that grants name, also those whose time is over.
+    #[must_use]
+    pub fn buckets(&self) -> HashSet<u32> {
+        self.by_deadline.values().flat_map(|in_use| in_use.buckets).collect()
+    }
+
+    /// A grant that is carried into another policy is charged to other buckets.
+    pub(super) fn set_buckets(&mut self, grant: &Grant) {
+        let slot = enforcer_common::abi::grant_slot(grant.serial);
+        if let Some(in_use) = self.by_deadline.get_mut(&(grant.deadline_ns, slot)) {
+            in_use.buckets = grant.buckets;
+        }
     }
 
     fn free_slot<D: Datapath>(&mut self, now: Now, datapath: &mut D) -> Option<u32> {
@@ -264,7 +300,7 @@ impl GrantTable {
         let mut kept = 0;
         let mut free = Vec::new();
         for (&at, in_use) in self.by_deadline.iter().take_while(|((at, _), _)| over(*at, now)) {
-            let InUse { key, serial, token_over_unix_secs } = *in_use;
+            let InUse { key, serial, token_over_unix_secs, .. } = *in_use;
             if named.contains(&serial) {
                 continue;
             }
@@ -310,5 +346,7 @@ fn label(ask: &GrantFor<'_>, serial: u64) -> GrantLabel {
         subject_hash: name_hash(&token.subject),
         client_hash: client_id.map(name_hash).unwrap_or_default(),
         server_hash: name_hash(ask.server),
+        workload_hashes: ask.workload_hashes,
+        workload: text(ask.workload),
     }
 }

@@ -1,6 +1,7 @@
 //! The daemon's core: what happens to the bytes that the kernel hands over. No I/O, no clock: bytes, keys and the time go in,
 //! calls of a [`Datapath`] come out. In tests the datapath is a plain collection.
 
+mod bars;
 mod bounds;
 #[cfg(test)]
 mod differential;
@@ -8,6 +9,7 @@ mod doomed;
 mod endpoints;
 mod engine;
 mod grants;
+mod limits;
 #[cfg(test)]
 mod model;
 mod numbers;
@@ -21,11 +23,13 @@ mod tests;
 mod transition;
 mod verifier;
 
+pub use bars::{barred, some_closed};
 pub use bounds::MEMORY_MAX_BYTES;
 pub use doomed::{Doomed, DoomedQueue};
 pub use endpoints::{EndpointPolicy, Endpoints, endpoint_keys};
 pub use engine::{Engine, EngineError, KeyRequest, Orphan, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};
+pub use limits::{BucketTable, GrantBuckets, Payer};
 pub use numbers::{Numbers, NumbersError};
 pub use remembered::Claims;
 pub use replies::ReplyTable;
@@ -35,10 +39,46 @@ pub use switch::{AllCarried, Consequences, Judged, Losses, Next};
 pub use transition::{Loss, Transition};
 pub use verifier::KeyedVerifier;
 
-use enforcer_common::abi::{Ends, Flow, Grant, GrantLabel, HeadDigest, Reply, Verdict};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use enforcer_common::abi::{
+    Bucket, BucketLabel, Caller, Ends, FirstUser, Flow, Grant, GrantLabel, HeadDigest, NameHash, Origin,
+    Reply, Verdict,
+};
 use enforcer_common::flow::Ctl;
 
 use crate::revocation::Revocations;
+use crate::workload::{CallerView, Workload};
+
+/// Who is calling on a connection, as far as it is known.
+#[derive(Debug, Clone)]
+pub struct CallerFacts {
+    /// What the kernel noted when the process connected.
+    pub caller: Caller,
+    /// Its workload; `None` for an unknown caller.
+    pub workload: Option<Arc<Workload>>,
+    /// Where the connection comes from.
+    pub address: IpAddr,
+}
+
+impl CallerFacts {
+    /// Nothing is known, also no address: of a connection without a record.
+    pub const NOTHING: Self =
+        Self { caller: Caller::UNKNOWN, workload: None, address: IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+
+    /// As policy asks for it.
+    #[must_use]
+    pub fn view(&self) -> CallerView<'_> {
+        CallerView { workload: self.workload.as_deref(), uid: self.caller.uid, address: self.address }
+    }
+}
+
+impl Default for CallerFacts {
+    fn default() -> Self {
+        Self::NOTHING
+    }
+}
 
 /// What the core asks of the kernel. Every call may fail; the core then destroys the flow or does without the fast path.
 pub trait Datapath {
@@ -107,6 +147,24 @@ pub trait Datapath {
     /// The client's address, and the workload and process where they are known, for the log.
     fn peer(&mut self, cookie: u64) -> String;
 
+    /// Who presented a token before, as its grant says.
+    fn holder(&mut self, caller: &Origin) -> CallerFacts;
+
+    /// The workload that a principal's tokens belong to because it presented the first, if there was one.
+    ///
+    /// # Errors
+    /// It can't be told.
+    fn first_user(&mut self, key: &NameHash) -> Result<Option<FirstUser>, Self::Error>;
+
+    /// Remembers the workload that presented a principal's first token.
+    ///
+    /// # Errors
+    /// It is not remembered, because the table is full, say.
+    fn set_first_user(&mut self, key: &NameHash, user: &FirstUser) -> Result<(), Self::Error>;
+
+    /// Who is calling on a flow; [`CallerFacts::NOTHING`] if it has no record.
+    fn caller(&mut self, cookie: u64) -> CallerFacts;
+
     /// Writes a verdict.
     ///
     /// # Errors
@@ -136,6 +194,48 @@ pub trait Datapath {
     /// # Errors
     /// The label is missing.
     fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), Self::Error>;
+
+    /// Reads a limit's bucket.
+    ///
+    /// # Errors
+    /// There is no such bucket.
+    fn bucket(&mut self, index: u32) -> Result<Bucket, Self::Error>;
+
+    /// Begins a bucket that nobody uses, with its label.
+    ///
+    /// # Errors
+    /// It must not be used.
+    fn begin_bucket(&mut self, index: u32, bucket: &Bucket, label: &BucketLabel) -> Result<(), Self::Error>;
+
+    /// Changes a bucket's limit: nanoseconds per request, depth in nanoseconds, places.
+    ///
+    /// # Errors
+    /// It may be half changed.
+    fn limit_bucket(
+        &mut self,
+        index: u32,
+        interval_ns: u64,
+        burst_ns: u64,
+        max_open: u64,
+    ) -> Result<(), Self::Error>;
+
+    /// Ends a bucket that nobody uses: what is charged to it from now on is refused.
+    ///
+    /// # Errors
+    /// It goes on.
+    fn end_bucket(&mut self, index: u32) -> Result<(), Self::Error>;
+
+    /// Takes places away that no connection has.
+    ///
+    /// # Errors
+    /// They stay.
+    fn give_back_places(&mut self, index: u32, places: u64) -> Result<(), Self::Error>;
+
+    /// Charges a request of a flow to the buckets of its grant: all, or none.
+    ///
+    /// # Errors
+    /// It is over a limit, for so many nanoseconds.
+    fn charge(&mut self, cookie: u64, buckets: &GrantBuckets, now_ns: u64) -> Result<(), u64>;
 
     /// Writes a response template.
     ///

@@ -15,7 +15,7 @@ fn grant(number: u64, principal_id: u64, ends_at_unix_secs: u64, revoked: u32) -
         // Long past: what a grant still allows is no matter here.
         deadline_ns: 0,
         generation: 0,
-        workload_id: 0,
+        caller: enforcer_common::abi::Origin::NONE,
         principal_id,
         granted_ns: 0,
         expires_at_unix_secs: 0,

@@ -5,14 +5,16 @@
 //! generation the carried grants are void, which costs a look of the daemon and lets nothing through.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use enforcer_common::abi::{Flow, Grant, grant_slot};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::engine::Engine;
-use super::{Claims, Datapath, Endpoints, Loss, Now, Transition};
+use super::{Claims, Datapath, Endpoints, GrantBuckets, Loss, Now, Payer, Transition};
 use crate::keys::KeySnapshot;
+use crate::policy::Server;
 
 /// Grants that the new policy has judged, by serial.
 pub type Judged = HashMap<u64, Result<(), Loss>>;
@@ -123,11 +125,20 @@ impl Engine {
         datapath: &mut D,
     ) -> Result<AllCarried, D::Error> {
         let all = self.judge_grants(next, keys, now, datapath)?;
+        let servers = next.transition.endpoints().servers();
         for (serial, Carried { grant, holds }) in &all.0 {
             let grant = match holds {
-                Ok(()) => Grant { generation, ..*grant },
+                Ok(()) => {
+                    let server = servers.get(&grant.server_id);
+                    let Some(buckets) = self.buckets_under(server, grant, now, datapath) else {
+                        warn!("a limit's bucket could not be had; a token is judged again");
+                        continue;
+                    };
+                    Grant { generation, buckets, ..*grant }
+                }
                 Err(_) => Grant { revoked: 1, ..*grant },
             };
+            self.grants.set_buckets(&grant);
             if let Err(error) = datapath.set_grant(grant_slot(*serial), &grant) {
                 // Its generation ends all the same.
                 warn!(%error, "a grant could not be written; its token is judged again");
@@ -168,6 +179,27 @@ impl Engine {
             self.end_flow(cookie, netns_cookie, datapath);
         }
         Ok(consequences)
+    }
+
+    /// The buckets of a grant by the limits of a server, whose tokens it is good for.
+    fn buckets_under<D: Datapath>(
+        &mut self,
+        server: Option<&Arc<Server>>,
+        grant: &Grant,
+        now: Now,
+        datapath: &mut D,
+    ) -> Option<GrantBuckets> {
+        let server = server?;
+        if server.limits.is_empty() {
+            return Some(GrantBuckets::default());
+        }
+        let label = datapath.grant_label(grant_slot(grant.serial)).ok()?;
+        if label.serial != grant.serial {
+            return None;
+        }
+        let holder = datapath.holder(&grant.caller);
+        let view = holder.view();
+        self.buckets.assign(&Payer::of_label(server, &label, &view), now, datapath)
     }
 
     fn judge_grants<D: Datapath>(

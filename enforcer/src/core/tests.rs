@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use enforcer_common::abi::{
-    EndpointKey, Ends, FAMILY_V4, Flow, Grant, GrantLabel, HeadDigest, PUNT_DATA, PUNT_OBSERVED,
-    PUNT_UNANSWERED, PuntHeader, Reply, Revocation, VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
+    Bucket, BucketLabel, EndpointKey, Ends, FAMILY_V4, FirstUser, Flow, Grant, GrantLabel, HeadDigest,
+    NameHash, Origin, PUNT_DATA, PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader, Reply, Revocation,
+    VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
 };
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use enforcer_common::flow::{Ctl, State};
@@ -20,6 +21,7 @@ use crate::revocation::tests::revocation;
 use crate::token::Fingerprinter;
 use crate::token::testing::{NOW, World};
 
+mod callers;
 mod evicted;
 mod grants;
 mod revoked;
@@ -40,6 +42,9 @@ pub(super) struct Fake {
     pub(super) verdicts: BTreeMap<HeadDigest, Verdict>,
     pub(super) grants: BTreeMap<u32, Grant>,
     labels: BTreeMap<u32, GrantLabel>,
+    pub(super) buckets: BTreeMap<u32, (Bucket, BucketLabel)>,
+    holders: BTreeMap<Origin, CallerFacts>,
+    first_users: BTreeMap<NameHash, FirstUser>,
     flows: BTreeMap<u64, Flow>,
     counts: Vec<&'static str>,
     /// Bytes can't be injected.
@@ -53,6 +58,7 @@ pub(super) struct Fake {
     /// Calls of the daemon after which the operator's side takes its next step.
     steps_at: Vec<u32>,
     calls: u32,
+    caller: CallerFacts,
 }
 
 impl Fake {
@@ -138,6 +144,26 @@ impl Datapath for Fake {
         String::new()
     }
 
+    fn holder(&mut self, caller: &Origin) -> CallerFacts {
+        self.holders.get(caller).cloned().unwrap_or_default()
+    }
+
+    fn first_user(&mut self, key: &NameHash) -> Result<Option<FirstUser>, Self::Error> {
+        Ok(self.first_users.get(key).copied())
+    }
+
+    fn set_first_user(&mut self, key: &NameHash, user: &FirstUser) -> Result<(), Self::Error> {
+        if self.no_grants {
+            return Err("full");
+        }
+        self.first_users.insert(*key, *user);
+        Ok(())
+    }
+
+    fn caller(&mut self, _cookie: u64) -> CallerFacts {
+        self.caller.clone()
+    }
+
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), Self::Error> {
         self.operator();
         self.verdicts.insert(digest, verdict);
@@ -165,6 +191,46 @@ impl Datapath for Fake {
     fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), Self::Error> {
         self.operator();
         self.labels.insert(slot, *label);
+        Ok(())
+    }
+
+    fn bucket(&mut self, index: u32) -> Result<Bucket, Self::Error> {
+        self.buckets.get(&index).map(|(bucket, _)| *bucket).ok_or("no such bucket")
+    }
+
+    fn begin_bucket(&mut self, index: u32, bucket: &Bucket, label: &BucketLabel) -> Result<(), Self::Error> {
+        self.buckets.insert(index, (*bucket, *label));
+        Ok(())
+    }
+
+    fn limit_bucket(
+        &mut self,
+        index: u32,
+        interval_ns: u64,
+        burst_ns: u64,
+        max_open: u64,
+    ) -> Result<(), Self::Error> {
+        let (bucket, _) = self.buckets.get_mut(&index).ok_or("no such bucket")?;
+        *bucket = Bucket { interval_ns, burst_ns, max_open, ..*bucket };
+        Ok(())
+    }
+
+    fn end_bucket(&mut self, index: u32) -> Result<(), Self::Error> {
+        self.buckets.remove(&index).map(|_| ()).ok_or("no such bucket")
+    }
+
+    fn give_back_places(&mut self, index: u32, places: u64) -> Result<(), Self::Error> {
+        let (bucket, _) = self.buckets.get_mut(&index).ok_or("no such bucket")?;
+        bucket.open = bucket.open.wrapping_sub(places);
+        Ok(())
+    }
+
+    fn charge(&mut self, _cookie: u64, buckets: &GrantBuckets, now_ns: u64) -> Result<(), u64> {
+        for index in buckets.iter().take_while(|index| **index != 0) {
+            let (bucket, _) = self.buckets.get_mut(index).ok_or(u64::MAX)?;
+            bucket.tat_ns =
+                enforcer_common::limit::admit(bucket.tat_ns, now_ns, bucket.interval_ns, bucket.burst_ns)?;
+        }
         Ok(())
     }
 
@@ -242,6 +308,7 @@ impl Bench {
             reason: 0,
             write_seq: 0,
             interface: 0,
+            origin: Origin::NONE,
         };
         self.offset_bytes += bytes.len() as u64;
         self.engine.record(&header, bytes, self.now, &self.keys, &mut self.fake);
@@ -275,7 +342,7 @@ fn the_verdict_is_for_the_digest_that_the_kernel_computes() {
     let mut bench = Bench::new();
     let request = bench.good("Content-Length: 2\r\n", "{}");
     bench.punt(request.as_bytes(), 0, 0);
-    let (_, digest) = head::analyze_bytes(request.as_bytes(), &bench.key, 0).unwrap();
+    let (_, digest) = head::analyze_bytes(request.as_bytes(), &bench.key, &Origin::NONE).unwrap();
     let verdict = bench.fake.verdicts[&digest];
     let grant = bench.fake.grants[&verdict.index];
     assert_eq!(
@@ -288,7 +355,7 @@ fn the_verdict_is_for_the_digest_that_the_kernel_computes() {
     let refused = Bench::refused(0, "");
     bench.offset_bytes = request.len() as u64;
     bench.punt(refused.as_bytes(), 0, 0);
-    let (_, digest) = head::analyze_bytes(refused.as_bytes(), &bench.key, 0).unwrap();
+    let (_, digest) = head::analyze_bytes(refused.as_bytes(), &bench.key, &Origin::NONE).unwrap();
     assert_eq!(bench.fake.verdicts[&digest].kind, VERDICT_DENY);
 }
 

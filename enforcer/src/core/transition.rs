@@ -7,7 +7,7 @@ use enforcer_common::abi::{FLOW_OBSERVE, Flow, NameHash};
 
 use super::Endpoints;
 use crate::keys::KeySnapshot;
-use crate::policy::{Issuer, Mode, Server};
+use crate::policy::{BindRule, Issuer, Mode, Server};
 use crate::revocation::name_hash;
 use crate::token::{Evidence, TokenReason, missing_scopes, verify_again};
 
@@ -22,6 +22,8 @@ pub enum Loss {
     HostRemoved,
     /// The server accepts fewer origins, likewise.
     OriginRemoved,
+    /// Other callers may call the server, or another rule says who may present the token. Who did is not kept.
+    BindingChanged,
     /// The token would be refused.
     Token(TokenReason),
     /// The token lacks a scope.
@@ -48,6 +50,7 @@ impl Loss {
             Self::PathChanged => "path-changed",
             Self::HostRemoved => "host-removed",
             Self::OriginRemoved => "origin-removed",
+            Self::BindingChanged => "binding-changed",
             Self::Token(reason) => reason.name(),
             Self::InsufficientScope => "insufficient-scope",
             Self::NotRemembered => "not-remembered",
@@ -112,9 +115,7 @@ impl Transition {
     /// Names of the old policy's servers on an endpoint.
     #[must_use]
     pub fn endpoint_names(&self, endpoint_id: u32) -> String {
-        let servers =
-            self.old.0.get(&endpoint_id).map(|endpoint| endpoint.servers.as_slice()).unwrap_or_default();
-        servers.iter().map(|(_, server)| server.name.as_str()).collect::<Vec<_>>().join(",")
+        self.old.names(endpoint_id)
     }
 
     /// Does a grant for a server hold under the new policy, with its keys, at this time?
@@ -128,11 +129,9 @@ impl Transition {
         keys: &KeySnapshot,
         now_unix_secs: u64,
     ) -> Result<(), Loss> {
-        let server = match self.servers.get(&server_id).map(|fate| &fate.new) {
-            Some(Ok(server)) => server,
-            Some(Err(loss)) => return Err(*loss),
-            None => return Err(Loss::ServerRemoved),
-        };
+        let fate = self.servers.get(&server_id).ok_or(Loss::ServerRemoved)?;
+        let server = fate.new.as_ref().map_err(|loss| *loss)?;
+        bindings_hold(&fate.old, server)?;
         let token = verify_again(evidence, server, keys, now_unix_secs)
             .map_err(|error| Loss::Token(error.reason()))?;
         if missing_scopes(&token, &server.scopes).is_empty() { Ok(()) } else { Err(Loss::InsufficientScope) }
@@ -146,6 +145,7 @@ impl Transition {
     pub fn grant_unseen(&self, server_id: u32, issuer_hash: &NameHash) -> Result<(), Loss> {
         let fate = self.servers.get(&server_id).ok_or(Loss::ServerRemoved)?;
         let (old, new) = (&fate.old, fate.new.as_ref().map_err(|loss| *loss)?);
+        bindings_hold(old, new)?;
         let old_issuer = old.issuers.iter().find(|issuer| name_hash(&issuer.issuer) == *issuer_hash);
         let old_issuer = old_issuer.ok_or(Loss::NotRemembered)?;
         let new_issuer = new.issuers.iter().find(|issuer| issuer.issuer == old_issuer.issuer);
@@ -201,7 +201,21 @@ fn heads_hold(old: &Server, new: &Server) -> Result<(), Loss> {
     if !all_in(&old.hosts, &new.hosts) {
         return Err(Loss::HostRemoved);
     }
-    if all_in(&old.origins, &new.origins) { Ok(()) } else { Err(Loss::OriginRemoved) }
+    if !all_in(&old.origins, &new.origins) {
+        return Err(Loss::OriginRemoved);
+    }
+    if new.callers.is_none() || new.callers == old.callers { Ok(()) } else { Err(Loss::BindingChanged) }
+}
+
+/// Whether every token that was presented to `old` may be presented to `new` by the same caller: no rule is new.
+fn bindings_hold(old: &Server, new: &Server) -> Result<(), Loss> {
+    // A rule names its issuer as the policy does, and the name may have gone to another one.
+    let issuer = |server: &Server, rule: &BindRule| {
+        let issuer = server.issuers.iter().find(|issuer| Some(&issuer.name) == rule.issuer.as_ref());
+        issuer.map(|issuer| issuer.issuer.clone())
+    };
+    let stood = |rule: &BindRule| old.bind.contains(rule) && issuer(old, rule) == issuer(new, rule);
+    if new.bind.iter().all(stood) { Ok(()) } else { Err(Loss::BindingChanged) }
 }
 
 /// Whether every token that is good for `old`, by what it says to the server, is good for `new`.
@@ -222,6 +236,11 @@ fn accepts_all_for(old: &Server, new: &Server) -> bool {
         issuers: _,
         scopes: old_scopes,
         metadata: _,
+        // `heads_hold` and `bindings_hold`.
+        callers: _,
+        bind: _,
+        // They count requests, also those of grants from before.
+        limits: _,
     } = old;
     let accepted = |audience: &String| audience == resource || aliases.contains(audience);
     accepted(old_resource) && old_aliases.iter().all(accepted) && all_in(scopes, old_scopes)

@@ -177,3 +177,60 @@ fn a_policy_that_enforces_ends_what_was_observed() {
         assert_eq!(Transition::new(endpoints(), (endpoints(), mode)).flow(&observed, []), expected);
     }
 }
+
+#[test]
+fn what_was_decided_about_a_caller_holds_only_if_no_rule_is_new() {
+    use crate::policy::{BindRule, BindTo, WorkloadRule};
+    let world = World::new();
+    let evidence = world.verify().unwrap().evidence;
+    let issuer = name_hash(&world.server().issuers[0].issuer);
+    let workload = |unit: &str| {
+        Arc::new(WorkloadRule { name: "w".into(), units: vec![unit.into()], ..WorkloadRule::default() })
+    };
+    let rule = |issuer: Option<&str>, unit: &str| BindRule {
+        issuer: issuer.map(str::to_owned),
+        subject: None,
+        client_id: None,
+        to: BindTo::Workloads(vec![workload(unit)]),
+    };
+    let bind = |rules: &[BindRule]| Server { bind: rules.to_vec(), ..world.server() };
+    let callers = |callers: Option<&str>| Server {
+        callers: callers.map(|unit| vec![workload(unit)]),
+        ..world.server()
+    };
+    let renamed = |rules: &[BindRule], name: &str| {
+        let mut server = bind(rules);
+        server.issuers = vec![Arc::new(Issuer { name: name.into(), ..(*server.issuers[0]).clone() })];
+        server
+    };
+    let (a, b) = (rule(None, "a.service"), rule(None, "b.service"));
+    let main = rule(Some("main"), "a.service");
+    let changed = Err(Loss::BindingChanged);
+    for (number, (old, new, expected)) in [
+        (bind(&[]), bind(&[]), Ok(())),
+        (bind(&[]), bind(std::slice::from_ref(&a)), changed),
+        (bind(&[a.clone(), b.clone()]), bind(&[b.clone(), a.clone()]), Ok(())),
+        (bind(&[a.clone(), b.clone()]), bind(std::slice::from_ref(&b)), Ok(())),
+        (bind(std::slice::from_ref(&a)), bind(std::slice::from_ref(&b)), changed),
+        // The workload under the name is another one.
+        (bind(&[rule(None, "a.service")]), bind(&[rule(None, "c.service")]), changed),
+        // The rule's name for an issuer means another one.
+        (renamed(std::slice::from_ref(&main), "main"), renamed(std::slice::from_ref(&main), "main"), Ok(())),
+        (
+            renamed(std::slice::from_ref(&main), "other"),
+            renamed(std::slice::from_ref(&main), "main"),
+            changed,
+        ),
+        (callers(None), callers(Some("a.service")), changed),
+        (callers(Some("a.service")), callers(Some("a.service")), Ok(())),
+        (callers(Some("a.service")), callers(Some("b.service")), changed),
+        (callers(Some("a.service")), callers(None), Ok(())),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let transition = from(old, &[(ENDPOINT, &[(SERVER, new)])]);
+        assert_eq!(transition.grant(SERVER, &evidence, &world.keys(), NOW), expected, "{number}");
+        assert_eq!(transition.grant_unseen(SERVER, &issuer), expected, "{number}, unseen");
+    }
+}

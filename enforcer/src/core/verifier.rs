@@ -5,6 +5,8 @@ use crate::keys::KeySnapshot;
 use crate::policy::Server;
 use crate::revocation::{RevocationList, Subject};
 use crate::token::{self, Fingerprinter, TokenError, VerifiedToken};
+use crate::workload::{self, BindFault, Bound, CallerView};
+use enforcer_common::abi::NameHash;
 
 /// Verifies with these keys and revocations at this time.
 pub struct KeyedVerifier<'a> {
@@ -14,6 +16,8 @@ pub struct KeyedVerifier<'a> {
     pub revocations: Option<&'a RevocationList>,
     /// Fingerprints, as the revocations have them.
     pub fingerprinter: &'a Fingerprinter,
+    /// Hashes of the names of the workload that presents the tokens, as the revocations have them.
+    pub workload: [NameHash; 2],
     /// Seconds since 1970.
     pub now_unix_secs: u64,
 }
@@ -31,12 +35,21 @@ impl TokenVerifier for KeyedVerifier<'_> {
         let list = self.revocations.ok_or(TokenFault::RevocationsUnavailable)?;
         if !list.is_empty() {
             let fingerprint = self.fingerprinter.fingerprint(token.as_bytes());
-            let subject = Subject::of_token(&verified, fingerprint, &server.name);
+            let subject = Subject::of_token(&verified, fingerprint, &server.name, self.workload);
             if list.find(&subject, self.now_unix_secs).is_some() {
                 return Err(TokenFault::Invalid { reason: "revoked" });
             }
         }
         Ok(verified)
+    }
+
+    fn bind(
+        &self,
+        verified: &VerifiedToken,
+        server: &Server,
+        caller: &CallerView<'_>,
+    ) -> Result<Bound, BindFault> {
+        workload::bind(&server.bind, verified, caller)
     }
 
     fn missing_scopes(&self, verified: &VerifiedToken, needed: &[String]) -> Vec<String> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use aya::programs::links::PinnedLink;
-use enforcer_common::abi::{Config, DaemonState, Grant, MAX_REPLIES, map, text_str};
+use enforcer_common::abi::{Config, DaemonState, Grant, MAX_BUCKETS, MAX_REPLIES, map, text_str};
 use tracing::warn;
 
 use super::apply::{self, InForce, Prepared};
@@ -107,6 +107,9 @@ pub(super) fn adopt(
     let mut kernel = Kernel::new(maps, injectors)?;
     kernel.hold(links);
     engine.grants().adopt(grants, config.generation, now);
+    let maps = kernel.maps();
+    let buckets = (0..MAX_BUCKETS).map(|index| (index, maps.buckets.get(index)));
+    engine.buckets().adopt(buckets, |index| maps.live.limit_labels.get(&index, 0).ok(), now);
     Ok(Up { engine, kernel, ring, numbers, orphans })
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use enforcer_common::abi::{Config, DaemonState, Endpoint, MODE_ENFORCE, MODE_OBSERVE, ServerLabel, text};
+use enforcer_common::limit::{RETRY_AFTER_SECS, RETRY_STEPS};
 use tracing::{error, warn};
 
 use super::kernel::Kernel;
@@ -11,7 +12,7 @@ use super::revocations::State;
 use crate::core::{AllCarried, Consequences, Engine, Next, Now, Numbers};
 use crate::http::answer;
 use crate::keys::KeyManagerHandle;
-use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyText};
+use crate::policy::{self, Mode, Policy, PolicyDiff, PolicyText, Rate};
 use crate::revocation::store::Recorded;
 
 /// Retry-After of the answer that the kernel gives while no daemon lives.
@@ -54,6 +55,32 @@ pub(super) fn write_endpoints(
         kernel.maps().set_endpoint(key, Endpoint { endpoint_id, unavailable_reply_id })?;
     }
     Ok(())
+}
+
+/// What the configuration says of the limits of requests without a grant. Writes the answers that they get.
+pub(super) fn with_limits(
+    config: Config,
+    policy: &Policy,
+    engine: &mut Engine,
+    kernel: &mut Kernel,
+) -> anyhow::Result<Config> {
+    let mut limited_reply_ids = [0; RETRY_STEPS];
+    for (id, secs) in limited_reply_ids.iter_mut().zip(RETRY_AFTER_SECS) {
+        let answer = answer::over_limit("over-limit", secs).finish("POST");
+        *id = engine
+            .replies()
+            .id(&answer, kernel)
+            .context("the answer to who is over a limit has no template")?;
+    }
+    let refused = policy.refused.as_ref();
+    Ok(Config {
+        unknown_interval_ns: policy.unknown.interval_ns,
+        unknown_burst_ns: policy.unknown.burst_ns(),
+        refused_interval_ns: refused.map_or(0, |rate| rate.interval_ns),
+        refused_burst_ns: refused.map_or(0, Rate::burst_ns),
+        limited_reply_ids,
+        ..config
+    })
 }
 
 /// A policy in force.
@@ -145,7 +172,9 @@ fn write(
     let config = kernel.maps().live.configuration()?;
     let heartbeat_limit_ns = new.policy.daemon_timeout.as_nanos() as u64;
     let mode = mode(&new.policy);
-    kernel.maps().set_config(Config { generation, mode, heartbeat_limit_ns, ..config })?;
+    let config = Config { generation, mode, heartbeat_limit_ns, ..config };
+    let config = with_limits(config, &new.policy, engine, kernel)?;
+    kernel.maps().set_config(config)?;
     Ok(all)
 }
 

@@ -1,18 +1,20 @@
 //! The core's [`Datapath`] on the real kernel.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use aya::maps::MapError;
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{
-    DaemonState, Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, HeadDigest, InjectHeader, MAX_FLOWS,
-    REVOCATION_EPOCH, REVOCATION_GRANT_SLOTS, Reply, Verdict,
+    Barred, Bucket, BucketLabel, Caller, DaemonState, Ends, FLOW_PIPELINED, FirstUser, Flow, Grant,
+    GrantLabel, HeadDigest, InjectHeader, MAX_FLOWS, NameHash, Origin, REVOCATION_EPOCH,
+    REVOCATION_GRANT_SLOTS, Reply, Verdict,
 };
 use enforcer_common::flow::Ctl;
 use tracing::{debug, error, warn};
 
 use crate::cli::format;
-use crate::core::{Datapath, Doomed, DoomedQueue, HandBack};
+use crate::core::{CallerFacts, Datapath, Doomed, DoomedQueue, GrantBuckets, HandBack};
 use crate::datapath::{Injectors, LiveError, Maps, NamespaceSearch, Searched, SocketDestroyer};
 use crate::lifecycle::paths;
 use crate::revocation::Revocations;
@@ -38,6 +40,8 @@ enum NotDestroyed {
     Failed(std::io::Error),
 }
 
+/// An entry that is there stays as it is.
+const BPF_NOEXIST: u64 = 1;
 /// Destructions between which other work gets its turn.
 const DESTROY_BATCH: usize = 512;
 
@@ -53,6 +57,8 @@ pub(super) struct Kernel {
     links: Vec<PinnedLink>,
     doomed: DoomedQueue,
     unsettled: Option<Unsettled>,
+    /// Who may not connect, as the kernel has it, and under which generation.
+    barred: (BTreeSet<Barred>, u64),
     /// None: there is no hierarchy to look in.
     workloads: Option<Workloads>,
 }
@@ -77,12 +83,29 @@ impl Kernel {
             links: Vec::new(),
             doomed: DoomedQueue::default(),
             unsettled: None,
+            barred: (BTreeSet::new(), 0),
             workloads: paths::cgroup2_root().ok().map(Workloads::new),
         })
     }
 
     pub(super) fn maps(&mut self) -> &mut Maps {
         &mut self.maps
+    }
+
+    /// Says who may not connect under this generation of the policy. Who can't be written is judged by its requests.
+    pub(super) fn bar(&mut self, barred: &BTreeSet<Barred>, generation: u64) {
+        let (old, old_generation) = std::mem::take(&mut self.barred);
+        for gone in old.difference(barred) {
+            self.maps.unbar(gone);
+        }
+        let known = |key: &&Barred| old_generation == generation && old.contains(key);
+        let failed =
+            barred.iter().filter(|key| !known(key)).filter(|key| self.maps.bar(key, generation).is_err());
+        let failed = failed.count();
+        if failed != 0 {
+            warn!(failed, "workloads that may not connect are let connect; their requests are refused");
+        }
+        self.barred = (barred.clone(), generation);
     }
 
     /// Keeps the links for as long as the daemon lives.
@@ -292,6 +315,31 @@ impl Datapath for Kernel {
         }
     }
 
+    fn holder(&mut self, caller: &Origin) -> CallerFacts {
+        let address = IpAddr::from(caller.address()).to_canonical();
+        let caller = Caller { cgroup_id: caller.cgroup_id(), uid: caller.uid(), ..Caller::UNKNOWN };
+        let workload = self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller));
+        CallerFacts { caller, workload, address }
+    }
+
+    fn first_user(&mut self, key: &NameHash) -> Result<Option<FirstUser>, KernelError> {
+        match self.maps.live.first_users.get(key, 0) {
+            Ok(user) => Ok(Some(user)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn set_first_user(&mut self, key: &NameHash, user: &FirstUser) -> Result<(), KernelError> {
+        Ok(self.maps.live.first_users.insert(key, user, BPF_NOEXIST)?)
+    }
+
+    fn caller(&mut self, cookie: u64) -> CallerFacts {
+        let Ok(flow) = self.maps.live.flows.get(&cookie, 0) else { return CallerFacts::NOTHING };
+        let workload = self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&flow.caller));
+        CallerFacts { caller: flow.caller, workload, address: format::ip(&flow.peer) }
+    }
+
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), KernelError> {
         Ok(self.maps.set_verdict(digest, verdict)?)
     }
@@ -310,6 +358,46 @@ impl Datapath for Kernel {
 
     fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), KernelError> {
         Ok(self.maps.set_grant_label(slot, label)?)
+    }
+
+    fn bucket(&mut self, index: u32) -> Result<Bucket, KernelError> {
+        Ok(self.maps.buckets.get(index))
+    }
+
+    fn begin_bucket(&mut self, index: u32, bucket: &Bucket, label: &BucketLabel) -> Result<(), KernelError> {
+        // First the label: every bucket in use has its own.
+        self.maps.set_limit_label(index, label)?;
+        self.maps.buckets.begin(index, bucket);
+        Ok(())
+    }
+
+    fn limit_bucket(
+        &mut self,
+        index: u32,
+        interval_ns: u64,
+        burst_ns: u64,
+        max_open: u64,
+    ) -> Result<(), KernelError> {
+        self.maps.buckets.limit(index, interval_ns, burst_ns, max_open);
+        Ok(())
+    }
+
+    fn end_bucket(&mut self, index: u32) -> Result<(), KernelError> {
+        self.maps.buckets.end(index);
+        Ok(())
+    }
+
+    fn give_back_places(&mut self, index: u32, places: u64) -> Result<(), KernelError> {
+        self.maps.buckets.give_back(index, places);
+        Ok(())
+    }
+
+    fn charge(&mut self, cookie: u64, buckets: &GrantBuckets, now_ns: u64) -> Result<(), u64> {
+        if buckets[0] == 0 {
+            return Ok(());
+        }
+        let held = self.maps.live.flows.get(&cookie, 0).map(|flow| flow.buckets).unwrap_or_default();
+        self.maps.buckets.charge(buckets, &held, now_ns)
     }
 
     fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), KernelError> {

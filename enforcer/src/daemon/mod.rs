@@ -2,6 +2,7 @@
 
 mod adopt;
 mod apply;
+mod bars;
 mod control;
 mod kernel;
 mod lookout;
@@ -35,6 +36,7 @@ use crate::policy::{self, Policy, PolicyText};
 use crate::privileges;
 use crate::revocation::store::StateDir;
 use apply::InForce;
+use bars::Bars;
 use kernel::Kernel;
 use lookout::{Lookout, Seen};
 use reload::Reloads;
@@ -211,6 +213,7 @@ async fn enforce(
     let (seen, mut seen_later) = mpsc::unbounded_channel();
     let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;
     count_closed(&mut kernel, closed);
+    let mut bars = Bars::start(&plan.cgroup, &engine, &mut kernel);
     let since = Instant::now();
     wait_for_keys(&keys, &mut engine, &mut kernel).await?;
     let mut reloads =
@@ -313,7 +316,9 @@ async fn enforce(
             }
             event = reloads.next(), if unloading.is_none() => {
                 reloads.handle(event, lock, &mut engine, &mut kernel);
+                bars.hurry();
             }
+            event = bars.next(), if unloading.is_none() => bars.handle(event, &engine, &mut kernel),
             // A busy ring must not keep the heartbeat from being written, nor the destructions that follow from what is in it.
             guard = ring.readable_mut() => {
                 let mut guard = guard?;

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, RingBuf};
 use enforcer_common::abi::{
-    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, Grant, InjectHeader, MODE_ENFORCE, PUNT_DATA,
-    PuntHeader, REPLY_MAX_BYTES, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
+    ABI_VERSION, Config, Endpoint, EndpointKey, FAMILY_V4, Grant, InjectHeader, MODE_ENFORCE, Origin,
+    PUNT_DATA, PuntHeader, REPLY_MAX_BYTES, Reply, VERDICT_ALLOW, VERDICT_DENY, Verdict, grant_serial,
 };
 use enforcer_common::digest::{DigestKey, KEY_WORDS};
 use enforcer_common::flow::{Ctl, State};
@@ -203,7 +203,7 @@ impl Bench {
             loaded_ns: now_ns,
             daemon_started_ns: now_ns,
             daemon_pid: std::process::id(),
-            draining: 0,
+            ..Config::NONE
         })
     }
 
@@ -213,11 +213,12 @@ impl Bench {
         client.set_nodelay(true).map_err(setup)?;
         let known = request("/known");
         let refused = request("/refused");
-        self.verdict(&known, VERDICT_ALLOW).map_err(setup)?;
-        self.verdict(&refused, VERDICT_DENY).map_err(setup)?;
+        let mut origin = Origin::NONE;
         for number in 1..=2 {
-            self.slow(&mut client, number, "slow path")?;
+            origin = self.slow(&mut client, number, "slow path")?;
         }
+        self.verdict(&known, &origin, VERDICT_ALLOW).map_err(setup)?;
+        self.verdict(&refused, &origin, VERDICT_DENY).map_err(setup)?;
         // Its read must block before the bytes come: that is the harder case.
         std::thread::sleep(Duration::from_millis(5));
         client.write_all(known.as_bytes()).map_err(setup)?;
@@ -232,17 +233,22 @@ impl Bench {
         Ok(SelfTestReport { slow: 4, fast: 1, refused: 1 })
     }
 
-    /// One request that is new to the kernel.
-    fn slow(&mut self, client: &mut TcpStream, number: u32, path: &'static str) -> Result<(), SelfTestError> {
+    /// One request that is new to the kernel; where it says that it comes from.
+    fn slow(
+        &mut self,
+        client: &mut TcpStream,
+        number: u32,
+        path: &'static str,
+    ) -> Result<Origin, SelfTestError> {
         std::thread::sleep(Duration::from_millis(5));
         client.write_all(request("/unknown").as_bytes()).map_err(setup)?;
-        self.carry(number, path)?;
-        expect(client, number, path, b"HTTP/1.1 200")
+        let origin = self.carry(number, path)?;
+        expect(client, number, path, b"HTTP/1.1 200")?;
+        Ok(origin)
     }
 
-    fn verdict(&mut self, request: &str, kind: u32) -> Result<(), datapath::LiveError> {
-        let Ok((info, digest)) = head::analyze_bytes(request.as_bytes(), &self.digest_key, ENDPOINT_ID)
-        else {
+    fn verdict(&mut self, request: &str, origin: &Origin, kind: u32) -> Result<(), datapath::LiveError> {
+        let Ok((info, digest)) = head::analyze_bytes(request.as_bytes(), &self.digest_key, origin) else {
             return Ok(());
         };
         let serial = grant_serial(1, 0);
@@ -253,7 +259,7 @@ impl Bench {
                 serial,
                 deadline_ns: far_ns,
                 generation: GENERATION,
-                workload_id: 0,
+                caller: Origin::NONE,
                 principal_id: 0,
                 granted_ns: 0,
                 expires_at_unix_secs: 0,
@@ -281,22 +287,21 @@ impl Bench {
     }
 
     /// Does the daemon's part for one request that was punted whole.
-    fn carry(&mut self, request: u32, path: &'static str) -> Result<(), SelfTestError> {
+    fn carry(&mut self, request: u32, path: &'static str) -> Result<Origin, SelfTestError> {
         let end = Instant::now() + STEP;
         loop {
             if let Some(record) = self.ring.next() {
                 let Some((header, bytes)) = super::split(&record) else {
                     return Err(setup("malformed record"));
                 };
-                let PuntHeader { cookie, epoch, kind, len_bytes, write_seq, .. } = header;
+                let PuntHeader { cookie, epoch, kind, len_bytes, write_seq, origin, .. } = header;
                 if kind != PUNT_DATA {
                     continue;
                 }
                 let punted = Ctl::new(State::Punted, epoch, u64::from(len_bytes));
                 self.injectors.to_server(0, cookie, punted, 0, bytes).map_err(setup)?;
                 let head = Ctl::new(State::Head, epoch, 0);
-                return self
-                    .injectors
+                self.injectors
                     .hand_back(InjectHeader {
                         cookie,
                         expected_ctl: punted.0,
@@ -309,7 +314,8 @@ impl Bench {
                         flags: 0,
                         zero: 0,
                     })
-                    .map_err(setup);
+                    .map_err(setup)?;
+                return Ok(origin);
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -8,7 +8,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use std::path::Path;
 use std::time::Duration;
 
-use super::apply::{mode, write_endpoints, write_labels};
+use super::apply::{mode, with_limits, write_endpoints, write_labels};
 use super::kernel::Kernel;
 use super::revocations::State;
 use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
@@ -61,7 +61,7 @@ pub(super) fn load(
     let mut kernel = Kernel::new(maps, injectors)?;
     write_labels(policy, &numbers, &mut kernel)?;
     write_endpoints(&numbers, &mut engine, &mut kernel)?;
-    kernel.maps().set_config(Config {
+    let config = Config {
         abi_version: ABI_VERSION,
         mode: mode(policy),
         generation,
@@ -71,7 +71,10 @@ pub(super) fn load(
         daemon_started_ns: started_ns,
         daemon_pid: std::process::id(),
         draining: 0,
-    })?;
+        ..Config::NONE
+    };
+    let config = with_limits(config, policy, &mut engine, &mut kernel)?;
+    kernel.maps().set_config(config)?;
     state.inherit(pins, &mut kernel.maps().live)?;
     state.bring_together(&mut kernel.maps().live, policy, super::now().unix_secs)?;
     loaded.attach(cgroup)?;

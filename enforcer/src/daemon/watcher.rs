@@ -210,6 +210,7 @@ mod tests {
             daemon_started_ns: 7,
             daemon_pid: 42,
             draining: 0,
+            ..Config::NONE
         };
         let watched = Watched { pid: 42, started_ns: 7 };
         assert_eq!(next(&config, watched, 149), Next::Wait);

@@ -69,7 +69,7 @@ pub enum LoadError {
 }
 
 /// Lines of a verifier log that are shown: its last ones say what is wrong.
-const MAX_LOG_LINES: usize = 12;
+const MAX_LOG_LINES: usize = 60;
 
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -5,12 +5,13 @@ use std::borrow::{Borrow, BorrowMut};
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
-    ABI_VERSION, Config, Counter, DaemonState, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest,
-    MAX_FLOWS, ReasonName, Reply, Revocation, Sealed, ServerLabel, Verdict, map, text,
+    ABI_VERSION, Barred, Bucket, BucketLabel, Config, Counter, DaemonState, Endpoint, EndpointKey, FirstUser,
+    Flow, Grant, GrantLabel, HeadDigest, MAX_FIRST_USERS, MAX_FLOWS, NameHash, ReasonName, Reply, Revocation,
+    Sealed, ServerLabel, Source, SourceKey, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
 
-use super::PinDir;
+use super::{Buckets, PinDir};
 
 /// Why the maps of a running enforcement can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,14 @@ pub struct Live {
     pub grants: Array<MapData, Grant>,
     /// Labels of grants by slot.
     pub grant_labels: Array<MapData, GrantLabel>,
+    /// Workloads that presented a principal's first token.
+    pub first_users: HashMap<MapData, NameHash, FirstUser>,
+    /// Buckets of limits by index.
+    pub limits: Array<MapData, Bucket>,
+    /// Their labels.
+    pub limit_labels: Array<MapData, BucketLabel>,
+    /// Where requests without a grant come from.
+    pub sources: HashMap<MapData, SourceKey, Source>,
     /// Labels of servers by number.
     pub server_labels: Array<MapData, ServerLabel>,
     /// Endpoints.
@@ -85,6 +94,10 @@ impl Live {
             verdicts: open(pins, map::VERDICTS, Map::LruHashMap)?,
             grants: open(pins, map::GRANTS, Map::Array)?,
             grant_labels: open(pins, map::GRANT_LABELS, Map::Array)?,
+            first_users: open(pins, map::FIRST_USERS, Map::HashMap)?,
+            limits: open(pins, map::LIMITS, Map::Array)?,
+            limit_labels: open(pins, map::LIMIT_LABELS, Map::Array)?,
+            sources: open(pins, map::SOURCES, Map::LruHashMap)?,
             server_labels: open(pins, map::SERVER_LABELS, Map::Array)?,
             endpoints: open(pins, map::ENDPOINTS, Map::HashMap)?,
             revocations: open(pins, map::REVOCATIONS, Map::HashMap)?,
@@ -123,6 +136,15 @@ impl Live {
         Ok(())
     }
 
+    /// Workloads that presented a principal's first token.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn first_users(&self) -> Result<Vec<(NameHash, FirstUser)>, LiveError> {
+        let all: Result<_, _> = self.first_users.iter().take(MAX_FIRST_USERS as usize).collect();
+        all.map_err(|source| LiveError::Map { name: map::FIRST_USERS, source })
+    }
+
     /// All kernel counters, summed over the CPUs.
     ///
     /// # Errors
@@ -158,6 +180,9 @@ pub struct Maps {
     replies: Array<MapData, Reply>,
     injectors: SockMap<MapData>,
     sink: SockMap<MapData>,
+    barred: HashMap<MapData, Barred, u64>,
+    /// Buckets of limits.
+    pub buckets: Buckets,
 }
 
 impl Maps {
@@ -173,6 +198,8 @@ impl Maps {
             replies: open(pins, map::REPLIES, Map::Array)?,
             injectors: open(pins, map::INJECTORS, Map::SockMap)?,
             sink: open(pins, map::SINK, Map::SockMap)?,
+            barred: open(pins, map::BARRED, Map::HashMap)?,
+            buckets: Buckets::open(pins)?,
         })
     }
 
@@ -252,6 +279,20 @@ impl Maps {
         }
     }
 
+    /// Lets a workload connect to an endpoint no more, under a generation of the policy.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn bar(&mut self, key: &Barred, generation: u64) -> Result<(), LiveError> {
+        let failed = |source| LiveError::Map { name: map::BARRED, source };
+        self.barred.insert(key, generation, 0).map_err(failed)
+    }
+
+    /// Takes that back; what is not there is fine.
+    pub fn unbar(&mut self, key: &Barred) {
+        let _ = self.barred.remove(key);
+    }
+
     /// Writes a response template.
     ///
     /// # Errors
@@ -283,6 +324,14 @@ impl Maps {
     /// See [`LiveError`].
     pub fn set_grant_label(&mut self, slot: u32, label: &GrantLabel) -> Result<(), LiveError> {
         set(&mut self.live.grant_labels, map::GRANT_LABELS, slot, *label)
+    }
+
+    /// Writes a bucket's label.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn set_limit_label(&mut self, index: u32, label: &BucketLabel) -> Result<(), LiveError> {
+        set(&mut self.live.limit_labels, map::LIMIT_LABELS, index, *label)
     }
 
     /// Writes a server's label.

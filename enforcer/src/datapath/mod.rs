@@ -1,6 +1,7 @@
 //! The edge to the kernel: loading and pinning the programs, reading and writing their maps, injecting bytes, and
 //! destroying sockets. Nothing here decides about a request.
 
+mod buckets;
 mod inject;
 mod living;
 mod load;
@@ -13,6 +14,7 @@ mod revocations;
 mod sockdiag;
 mod sys;
 
+pub use buckets::Buckets;
 pub use inject::{InjectError, Injectors};
 pub use living::{Living, attached_cgroup, object_hash};
 pub use load::{LoadError, Loaded, load, replace};

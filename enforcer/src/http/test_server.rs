@@ -37,5 +37,8 @@ pub(crate) fn server(path: &str) -> Server {
         },
         hosts: vec!["mcp.example.com".into(), "localhost:8080".into()],
         origins: vec!["https://app.example.com".into()],
+        callers: None,
+        bind: Vec::new(),
+        limits: Vec::new(),
     }
 }

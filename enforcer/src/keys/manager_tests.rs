@@ -15,7 +15,7 @@ use url::Url;
 use super::fetch::{fetch, metadata_urls};
 use super::transport::check_url;
 use super::{FetchError, Fetched, Freshness, KeyManager, KeyManagerHandle};
-use crate::policy::{Algorithm, DEFAULT_DAEMON_TIMEOUT, Issuer, KeySource, Mode, Policy};
+use crate::policy::{Algorithm, DEFAULT_DAEMON_TIMEOUT, DEFAULT_UNKNOWN, Issuer, KeySource, Mode, Policy};
 use crate::token::testing::{TestKey, issuer};
 
 fn jwks(kids: &[&str]) -> String {
@@ -137,6 +137,10 @@ fn start(issuer: Issuer) -> KeyManagerHandle {
         mode: Mode::Enforce,
         issuers: vec![Arc::new(issuer)],
         servers: Vec::new(),
+        workloads: Vec::new(),
+        limits: Vec::new(),
+        unknown: DEFAULT_UNKNOWN,
+        refused: None,
     }))
 }
 

@@ -103,6 +103,7 @@ impl TestEnforcement {
             daemon_started_ns: now_ns,
             daemon_pid: std::process::id(),
             draining: 0,
+            ..Config::NONE
         })
         .unwrap();
         let mut addr = [0; 16];

@@ -17,6 +17,10 @@ pub struct PolicyDiff {
     pub issuers: NamedChanges,
     /// Servers, by name.
     pub servers: NamedChanges,
+    /// Workloads, by name.
+    pub workloads: NamedChanges,
+    /// Limits, by name.
+    pub limits: NamedChanges,
 }
 
 /// Changes of things with names. Each list is in the order of the names.
@@ -61,13 +65,15 @@ impl PolicyDiff {
         let mut named =
             |list: &str| NamedChanges::between(&by_name(old[list].take()), &by_name(new[list].take()));
         let (issuers, servers) = (named("issuers"), named("servers"));
-        Self { settings: changes(&old, &new), issuers, servers }
+        let (workloads, limits) = (named("workloads"), named("limits"));
+        Self { settings: changes(&old, &new), issuers, servers, workloads, limits }
     }
 
     /// Whether nothing differs.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.settings.is_empty() && self.issuers.is_empty() && self.servers.is_empty()
+        let named = [&self.issuers, &self.servers, &self.workloads, &self.limits];
+        self.settings.is_empty() && named.iter().all(|named| named.is_empty())
     }
 }
 
@@ -125,7 +131,12 @@ fn flatten(prefix: &str, value: &Value, fields: &mut BTreeMap<String, Value>) {
 impl fmt::Display for PolicyDiff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut lines: Vec<String> = self.settings.iter().map(|change| format!("~ {change}")).collect();
-        for (kind, named) in [("issuer", &self.issuers), ("server", &self.servers)] {
+        for (kind, named) in [
+            ("issuer", &self.issuers),
+            ("server", &self.servers),
+            ("workload", &self.workloads),
+            ("limit", &self.limits),
+        ] {
             lines.extend(named.added.iter().map(|name| format!("+ {kind} \"{name}\"")));
             lines.extend(named.removed.iter().map(|name| format!("- {kind} \"{name}\"")));
             for changed in &named.changed {
@@ -157,6 +168,9 @@ servers:
   - {name: a, listen: ['10.0.0.1:1'], resource: 'https://a.example/mcp', issuers: [corp]}
   - {name: b, listen: ['10.0.0.1:2'], resource: 'https://b.example/mcp', issuers: [corp, gone]}
   - {name: c, listen: ['10.0.0.1:3'], resource: 'https://c.example/mcp', issuers: [corp]}
+workloads: [{name: w, unit: a.service, spiffe_id: 'spiffe://e/w'}]
+bind: [{servers: c, issuer: corp, subject: s, client: c, first_use: true}]
+limits: [{name: l, per: source, rate: 1/s, servers: [b]}]
 ";
 
     fn policy(text: &str) -> Policy {
@@ -193,7 +207,10 @@ servers:
              ~ server \"a\": metadata.scopes_supported: [] -> [\"x\"]\n\
              ~ server \"a\": metadata.serve: true -> false\n\
              ~ server \"a\": scopes: [] -> [\"x\"]\n\
-             ~ server \"b\": issuers: [\"corp\",\"gone\"] -> [\"corp\"]"
+             ~ server \"b\": issuers: [\"corp\",\"gone\"] -> [\"corp\"]\n\
+             ~ server \"b\": limits: [\"l\"] -> []\n\
+             - workload \"w\"\n\
+             - limit \"l\""
         );
         let json = serde_json::to_value(diff(new)).unwrap();
         assert_eq!(serde_json::from_value::<PolicyDiff>(json).unwrap(), diff(new));
@@ -236,6 +253,31 @@ servers:
             ("name: corp,", "name: corp, max_staleness: 2h,"),
             ("issuer: 'https://i.example'", "issuer: 'https://j.example'"),
             ("file: keys.json", "file: other.json"),
+            ("name: a,", "name: a, callers: w,"),
+            ("bind: [", "bind: [{workloads: w}, "),
+            ("subject: s,", "subject: t,"),
+            ("issuer: corp,", "issuer: gone,"),
+            ("client: c,", ""),
+            ("first_use: true", "claim: kubernetes_pod"),
+            ("first_use: true", "workloads: w"),
+            ("first_use: true", "claim: spiffe_id"),
+            ("servers: c", "servers: [c, b]"),
+            ("unit: a.service", "unit: b.service"),
+            ("unit: a.service", "unit: a.service, uid: 1"),
+            ("unit: a.service", "unit: a.service, network: ::1"),
+            ("unit: a.service", "unit: a.service, cgroup: /a"),
+            ("unit: a.service", "unit: a.service, label: {a.b: c}"),
+            ("unit: a.service", "unit: a.service, pod: 8c2f6c4e-1f0a-4f5e-9d3b-0a1b2c3d4e5f"),
+            ("spiffe://e/w", "spiffe://e/x"),
+            ("per: source,", "per: server,"),
+            ("rate: 1/s,", "rate: 2/s,"),
+            ("rate: 1/s,", "rate: 1/s, burst: 5,"),
+            ("rate: 1/s,", "rate: 1/s, streams: 5,"),
+            ("rate: 1/s,", "rate: 1/s, ipv4_prefix: 24,"),
+            ("rate: 1/s,", "rate: 1/s, ipv6_prefix: 56,"),
+            ("servers: [b]", "servers: [a]"),
+            ("version: 1\n", "version: 1\nunknown_requests: {rate: 1/s}\n"),
+            ("version: 1\n", "version: 1\nrefused_requests: {rate: 1/s}\n"),
         ] {
             let text = OLD.replace(from, to);
             assert_ne!(text, OLD, "{from}");

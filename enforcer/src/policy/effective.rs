@@ -2,9 +2,12 @@
 
 use std::fmt::Write;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::sharing::METADATA_PREFIX;
-use super::{Issuer, KeySource, Listen, Mode, Policy, Server, duration};
+use super::{
+    BindTo, Dimension, Issuer, KeySource, Limit, Listen, Mode, Policy, Server, WorkloadRule, duration,
+};
 
 /// What `policy` makes the enforcer check, for each server, in plain words. Stable for equal policies.
 pub fn effective(policy: &Policy) -> String {
@@ -26,6 +29,10 @@ pub fn effective(policy: &Policy) -> String {
     for (id, server) in policy.servers.iter().enumerate() {
         out.line("");
         describe_server(&mut out, policy, id, server);
+    }
+    for workload in &policy.workloads {
+        out.line("");
+        describe_workload(&mut out, workload);
     }
     out.line("");
     describe_rest(&mut out, policy);
@@ -77,6 +84,9 @@ fn describe_server(out: &mut Text, policy: &Policy, id: usize, server: &Server) 
     } else {
         out.item("Origin", [format!("absent, or one of: {}; any other: 403", server.origins.join(", "))]);
     }
+    if let Some(callers) = &server.callers {
+        out.item("callers", [format!("one of: {}; any other: 403, whatever is asked for", names(callers))]);
+    }
     out.item(
         "token",
         [
@@ -103,7 +113,72 @@ fn describe_server(out: &mut Text, policy: &Policy, id: usize, server: &Server) 
     } else {
         out.item("scopes", [format!("all of: {}; one missing: 403", server.scopes.join(" "))]);
     }
+    describe_binding(out, server);
+    out.item("limits", server.limits.iter().map(|l| limit(l)));
     describe_metadata(out, policy, server);
+}
+
+fn names(workloads: &[Arc<WorkloadRule>]) -> String {
+    workloads.iter().map(|w| w.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+fn describe_binding(out: &mut Text, server: &Server) {
+    if server.bind.is_empty() {
+        out.item("binding", ["none: a token is good from any caller"]);
+        return;
+    }
+    out.item("binding", ["every rule that is about a token must hold; an unknown caller fails; else 401:"]);
+    for rule in &server.bind {
+        let parts = [("issuer", &rule.issuer), ("subject", &rule.subject), ("client", &rule.client_id)];
+        let about: Vec<_> =
+            parts.iter().filter_map(|(what, value)| Some(format!("{what} {:?}", value.as_ref()?))).collect();
+        let about = if about.is_empty() { "every token".to_owned() } else { about.join(", ") };
+        let to = match &rule.to {
+            BindTo::Workloads(workloads) => format!("only from: {}", names(workloads)),
+            BindTo::KubernetesPod => {
+                "only from the pod that the token names (kubernetes.io.pod.uid)".to_owned()
+            }
+            BindTo::SpiffeId(workloads) => {
+                format!("only from the workload with its `sub` as SPIFFE id, of: {}", names(workloads))
+            }
+            BindTo::FirstUse => {
+                "only from the workload that presents the first token of its principal".to_owned()
+            }
+        };
+        out.item("", [format!("  {about}: {to}")]);
+    }
+}
+
+fn limit(limit: &Limit) -> String {
+    let mut parts = Vec::new();
+    parts.extend(limit.rate.map(|rate| rate.to_string()));
+    parts.extend(limit.streams.map(|streams| format!("{streams} open streams")));
+    let prefixes = match limit.per {
+        Dimension::Source => format!(" (IPv4 /{}, IPv6 /{})", limit.ipv4_prefix, limit.ipv6_prefix),
+        _ => String::new(),
+    };
+    format!("{}, per {}{prefixes}: {}; beyond: 429", limit.name, limit.per.name(), parts.join(", "))
+}
+
+fn describe_workload(out: &mut Text, rule: &WorkloadRule) {
+    out.line(&format!("workload \"{}\": all of", rule.name));
+    let shown = |values: &[String]| values.join(" or ");
+    let texts = |values: Vec<String>| shown(&values);
+    for (label, value) in [
+        ("unit", shown(&rule.units)),
+        ("container", shown(&rule.containers)),
+        ("label", rule.labels.iter().map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>().join(" and ")),
+        ("pod", shown(&rule.pods)),
+        ("cgroup", texts(rule.cgroups.iter().map(ToString::to_string).collect())),
+        ("uid", texts(rule.uids.iter().map(ToString::to_string).collect())),
+        ("network", texts(rule.networks.iter().map(ToString::to_string).collect())),
+    ] {
+        out.item(label, (!value.is_empty()).then_some(value));
+    }
+    out.item(
+        "SPIFFE id",
+        rule.spiffe_ids.iter().map(|id| format!("{id} (what it is called, not a condition)")),
+    );
 }
 
 fn families(listen: &Listen) -> &'static str {
@@ -222,6 +297,14 @@ fn describe_rest(out: &mut Text, policy: &Policy) {
             "{} without a sign of life: what the kernel does not know gets 503; what it knows goes on until its token's grant ends",
             duration::format(policy.daemon_timeout)
         )],
+    );
+    out.item(
+        "unknown",
+        [format!("requests that the kernel does not know, per source: {}; beyond: 429", policy.unknown)],
+    );
+    out.item(
+        "refused",
+        policy.refused.map(|rate| format!("and public requests, per source: {rate}; beyond: 429")),
     );
     if policy.mode == Mode::Observe {
         out.item("observe", ["refusals above are only counted and logged, see the mode"]);

@@ -1,9 +1,13 @@
 //! The effective policy for programs.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use super::sharing::METADATA_PREFIX;
-use super::{Issuer, KeySource, Mode, Policy, Server};
+use super::{
+    BindRule, BindTo, Dimension, Issuer, KeySource, Limit, Mode, Policy, Rate, Server, WorkloadRule,
+};
 
 /// What [`super::effective`] says, for programs: defaults filled in, durations in seconds, servers by id.
 pub fn effective_json(policy: &Policy) -> Value {
@@ -16,6 +20,10 @@ pub fn effective_json(policy: &Policy) -> Value {
         "daemon_timeout_seconds": policy.daemon_timeout.as_secs(),
         "issuers": policy.issuers.iter().map(|i| issuer(i)).collect::<Vec<_>>(),
         "servers": policy.servers.iter().enumerate().map(|(id, s)| server(policy, id, s)).collect::<Vec<_>>(),
+        "workloads": policy.workloads.iter().map(|w| workload(w)).collect::<Vec<_>>(),
+        "limits": policy.limits.iter().map(|l| limit(l)).collect::<Vec<_>>(),
+        "unknown_requests": rate(&policy.unknown),
+        "refused_requests": policy.refused.as_ref().map(rate),
     })
 }
 
@@ -64,5 +72,58 @@ fn server(policy: &Policy, id: usize, server: &Server) -> Value {
         },
         "hosts": server.hosts,
         "origins": server.origins,
+        "callers": server.callers.as_deref().map(names),
+        "bind": server.bind.iter().map(bind).collect::<Vec<_>>(),
+        "limits": server.limits.iter().map(|l| &l.name).collect::<Vec<_>>(),
     })
+}
+
+fn names(workloads: &[Arc<WorkloadRule>]) -> Vec<&str> {
+    workloads.iter().map(|w| w.name.as_str()).collect()
+}
+
+fn bind(rule: &BindRule) -> Value {
+    json!({
+        "issuer": rule.issuer,
+        "subject": rule.subject,
+        "client": rule.client_id,
+        "to": match &rule.to {
+            BindTo::Workloads(workloads) => json!({ "workloads": names(workloads) }),
+            BindTo::KubernetesPod => json!({ "claim": "kubernetes_pod" }),
+            BindTo::SpiffeId(workloads) => json!({ "claim": "spiffe_id", "workloads": names(workloads) }),
+            BindTo::FirstUse => json!({ "first_use": true }),
+        },
+    })
+}
+
+fn workload(rule: &WorkloadRule) -> Value {
+    json!({
+        "name": rule.name,
+        "unit": rule.units,
+        "container": rule.containers,
+        // Not an object: the name of a label may have dots, as inner fields of a difference have.
+        "label": rule.labels.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>(),
+        "pod": rule.pods,
+        "cgroup": rule.cgroups.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "uid": rule.uids,
+        "network": rule.networks.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "spiffe_id": rule.spiffe_ids,
+    })
+}
+
+fn limit(limit: &Limit) -> Value {
+    let source = limit.per == Dimension::Source;
+    json!({
+        "name": limit.name,
+        "per": limit.per.name(),
+        "rate": limit.rate.as_ref().map(Rate::per_unit),
+        "burst": limit.rate.as_ref().map(|rate| rate.burst),
+        "streams": limit.streams,
+        "ipv4_prefix": source.then_some(limit.ipv4_prefix),
+        "ipv6_prefix": source.then_some(limit.ipv6_prefix),
+    })
+}
+
+fn rate(rate: &Rate) -> Value {
+    json!({ "rate": rate.per_unit(), "burst": rate.burst })
 }

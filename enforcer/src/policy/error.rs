@@ -113,6 +113,39 @@ pub enum Defect {
     #[error("the duration is {found}, from {min} to {max} is allowed")]
     DurationBounds { found: String, min: String, max: String },
 
+    #[error("the number is {found}, from {min} to {max} is allowed")]
+    NumberBounds { found: u64, min: u64, max: u64 },
+    #[error("the {what} name `{name}` was already used in line {first_line}")]
+    DuplicateName { what: &'static str, name: String, first_line: u64 },
+    #[error("unknown {what} `{name}`")]
+    UnknownName { what: &'static str, name: String, known: Vec<String> },
+
+    // Workloads, bindings and limits.
+    #[error("`{value}` is not {expected}")]
+    Selector { value: String, expected: &'static str },
+    #[error("nothing says which callers this workload is")]
+    NoSelector,
+    #[error("{found} of `workloads`, `claim`, `first_use` are given, exactly one is needed")]
+    BindingCount { found: usize },
+    #[error("`first_use` can only be true")]
+    FirstUseFalse,
+    #[error("unknown claim `{name}`")]
+    UnknownClaim { name: String },
+    #[error("no workload has a `spiffe_id`, so no caller could present these tokens")]
+    NoSpiffeId,
+    #[error("`{value}` is not a rate")]
+    Rate { value: String },
+    #[error("the limit has neither a `rate` nor `streams`")]
+    LimitOfNothing,
+    #[error("unknown dimension `{name}`")]
+    UnknownDimension { name: String },
+    #[error("requests can't be limited per {name}: request bodies are not read yet")]
+    BodyDimension { name: &'static str },
+    #[error("the limit counts per {per}, only sources have prefixes")]
+    PrefixWithoutSource { per: &'static str },
+    #[error("with this one, {found} limits apply to server `{server}`, at most {limit} can")]
+    TooManyLimits { server: String, found: usize, limit: usize },
+
     // Issuers.
     #[error("the issuer name `{name}` was already used in line {first_line}")]
     DuplicateIssuerName { name: String, first_line: u64 },
@@ -249,6 +282,31 @@ impl Defect {
             Self::Version { .. } => "write `version: 1`",
             Self::DuplicateIssuerName { .. } => "give each issuer a name of its own",
             Self::DuplicateServerName { .. } => "give each server a name of its own",
+            Self::DuplicateName { .. } => "give each a name of its own",
+            Self::UnknownName { what, known, .. } => {
+                return Some(format!("known {what}s: {}", listed(known)));
+            }
+            Self::Selector { expected: NETWORK, .. } => "e.g. 10.1.0.0/16, 10.1.2.3 or \"2001:db8::/32\"",
+            Self::Selector { expected: CGROUP, .. } => "e.g. /system.slice/agent-*.service or /jobs/**",
+            Self::Selector { expected: CONTAINER, .. } => {
+                "`enforcer workloads --output json` shows it in full; names of containers are not known to the kernel, labels can be"
+            }
+            Self::NoSelector => {
+                "give at least one of `unit`, `container`, `label`, `pod`, `cgroup`, `uid`, `network`"
+            }
+            Self::BindingCount { .. } => "one rule for each: all rules about a token must hold",
+            Self::FirstUseFalse => "leave it out, and name who may present the token",
+            Self::UnknownClaim { .. } => "it can be `kubernetes_pod` or `spiffe_id`",
+            Self::NoSpiffeId => "give the workloads their ids: `spiffe_id: spiffe://prod.example/agent`",
+            Self::Rate { .. } | Self::WrongType { expected: RATE, .. } => {
+                "write how many in a second, minute or hour, from 1 to 1000000: 20/s, 300/m, 1000/h"
+            }
+            Self::LimitOfNothing => "e.g. `rate: 20/s` or `streams: 10`",
+            Self::UnknownDimension { .. } | Self::BodyDimension { .. } => {
+                "it can be `server`, `source`, `workload`, `uid`, `principal` or `client`"
+            }
+            Self::PrefixWithoutSource { .. } => "remove the prefix, or write `per: source`",
+            Self::TooManyLimits { .. } => "say with `servers` which servers each limit is for",
             Self::DuplicateIssuerIdentifier { .. } => {
                 "keep one entry for each identifier: a token's `iss` must lead to one set of keys"
             }
@@ -308,6 +366,8 @@ impl Defect {
             | Self::TooManyEntries { .. }
             | Self::TextLength { .. }
             | Self::ControlCharacter
+            | Self::NumberBounds { .. }
+            | Self::Selector { .. }
             | Self::Mode { .. }
             | Self::Name { .. }
             | Self::DurationBounds { .. } => return None,
@@ -321,6 +381,13 @@ pub(super) const TEXT: &str = "text";
 pub(super) const BOOLEAN: &str = "true or false";
 pub(super) const DURATION: &str = "a duration";
 pub(super) const LISTEN: &str = "an endpoint as text";
+pub(super) const RATE: &str = "a rate";
+// What `Selector` expects; so does the hint.
+pub(super) const NETWORK: &str =
+    "an address, or a network whose bits behind the prefix are zero (IPv4-mapped addresses are IPv4 ones)";
+pub(super) const CGROUP: &str =
+    "a pattern for a cgroup's path: segments that begin with `/`, `*` within one, `**` alone for any number";
+pub(super) const CONTAINER: &str = "a container's id, 64 hexadecimal digits in lower case";
 
 fn missing_hint(field: &str) -> Option<&'static str> {
     Some(match field {
@@ -403,4 +470,10 @@ pub enum Caution {
     FileMissing { path: String },
     #[error("no server accepts tokens of this issuer")]
     UnusedIssuer,
+    #[error("no server's callers and no binding name this workload")]
+    UnusedWorkload,
+    #[error("no server that this rule is for accepts tokens of its issuer")]
+    UnusedBinding,
+    #[error("the first workload that presents a token keeps it, also if that one is the thief")]
+    FirstUse,
 }

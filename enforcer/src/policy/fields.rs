@@ -128,6 +128,50 @@ impl<'n> Field<'n> {
         None
     }
 
+    /// A whole number within bounds.
+    pub(super) fn number(&self, report: &mut Report, min: u64, max: u64) -> Option<u64> {
+        let found = self.integer(report)?;
+        if (min..=max).contains(&found) {
+            return Some(found);
+        }
+        self.error(report, Defect::NumberBounds { found, min, max });
+        None
+    }
+
+    /// One value or a list of at most `limit`, at least one, each through `read`; the second of two equal ones is an error.
+    ///
+    /// `None` if any is bad.
+    pub(super) fn one_or_more<T: PartialEq + ToString>(
+        &self,
+        report: &mut Report,
+        limit: usize,
+        mut read: impl FnMut(&mut Report, &Field<'n>) -> Option<T>,
+    ) -> Option<Vec<T>> {
+        let entries = match self.node.value {
+            Value::List(_) => self.list(report, limit)?,
+            _ => vec![self.clone()],
+        };
+        if entries.is_empty() {
+            self.error(report, Defect::EmptyList);
+        }
+        let mut good = !entries.is_empty();
+        let mut out: Vec<(T, u64)> = Vec::new();
+        for entry in entries {
+            let Some(value) = read(report, &entry) else {
+                good = false;
+                continue;
+            };
+            if let Some((_, first_line)) = out.iter().find(|(earlier, _)| *earlier == value) {
+                let (value, first_line) = (value.to_string(), *first_line);
+                entry.error(report, Defect::DuplicateValue { value, first_line });
+                good = false;
+                continue;
+            }
+            out.push((value, entry.at().line));
+        }
+        good.then(|| out.into_iter().map(|(value, _)| value).collect())
+    }
+
     /// A duration within bounds.
     pub(super) fn duration(&self, report: &mut Report, min: Duration, max: Duration) -> Option<Duration> {
         let text = self.text_as(report, 64, DURATION)?;

@@ -4,6 +4,7 @@
 //! every defect of the file at once, each with its line, column and field. `docs/policy.md` is the file's reference.
 //! [`effective`] says in plain words what a policy makes the enforcer check.
 
+mod bind;
 mod conflicts;
 mod diff;
 mod duration;
@@ -13,14 +14,19 @@ mod error;
 mod fields;
 mod hosts;
 mod issuer;
+mod limits;
+mod named;
 mod node;
 mod path;
+mod rate;
 mod resource;
+mod selectors;
 mod server;
 mod sharing;
 #[cfg(test)]
 mod tests;
 mod types;
+mod workloads;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -42,7 +48,8 @@ use serde::{Deserialize, Serialize};
 
 use fields::{Field, Mapping, Report};
 use node::{At, Value};
-use server::Placed;
+use server::{Draft, Placed};
+use workloads::KnownWorkloads;
 
 /// Largest accepted policy file, in bytes.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -58,6 +65,14 @@ pub const MAX_LEEWAY_SECS: u64 = 300;
 pub const MAX_SERVERS: usize = 1024;
 /// Most issuers in one policy.
 pub const MAX_ISSUERS: usize = 256;
+/// Most workloads in one policy.
+pub const MAX_WORKLOADS: usize = 1024;
+/// Most rules of `bind` in one policy.
+pub const MAX_BIND_RULES: usize = 1024;
+/// Most limits in one policy.
+pub const MAX_LIMITS: usize = 256;
+/// [`Policy::unknown`] where the file does not say.
+pub const DEFAULT_UNKNOWN: Rate = Rate { interval_ns: 1_000_000, burst: 2_000 };
 /// Most defects that are listed one by one; the rest is counted.
 pub const MAX_REPORTED_ERRORS: usize = 200;
 
@@ -178,6 +193,19 @@ fn compile(
     })
 }
 
+const FIELDS: &[&str] = &[
+    "version",
+    "mode",
+    "daemon_timeout",
+    "issuers",
+    "servers",
+    "workloads",
+    "bind",
+    "limits",
+    "unknown_requests",
+    "refused_requests",
+];
+
 fn compile_root(
     report: &mut Report,
     root: &Field<'_>,
@@ -189,21 +217,34 @@ fn compile_root(
         report.error(at, "version", Defect::Version { found });
         return None;
     }
-    let map = root.mapping(report, &["version", "mode", "daemon_timeout", "issuers", "servers"])?;
+    let map = root.mapping(report, FIELDS)?;
     let version = map.required(report, "version").and_then(|field| field.integer(report));
     let mode = compile_mode(report, &map);
     let daemon_timeout = map.or_default("daemon_timeout", DEFAULT_DAEMON_TIMEOUT, |field| {
         field.duration(report, MIN_DAEMON_TIMEOUT, MAX_DAEMON_TIMEOUT)
     });
     let issuers = compile_issuers(report, &map, directory, file_exists);
-    let servers = compile_servers(report, &map, &issuers);
+    let workloads = KnownWorkloads::compile(report, &map);
+    let mut drafts = compile_servers(report, &map, &issuers, &workloads);
+    let bind = bind::compile(report, &map, &issuers, &workloads, &mut drafts);
+    let limits = limits::compile(report, &map, &mut drafts);
+    let unknown = map.or_default("unknown_requests", DEFAULT_UNKNOWN, |f| rate::rate_field(report, &f));
+    let refused = map.or_default("refused_requests", None, |f| rate::rate_field(report, &f).map(Some));
     version?;
-    Some(Policy {
+    bind?;
+    let drafts = drafts?;
+    let policy = Policy {
         mode: mode?,
         daemon_timeout: daemon_timeout?,
         issuers: issuers.in_order?,
-        servers: servers?,
-    })
+        servers: drafts.into_iter().map(|draft| draft.server.map(Arc::new)).collect::<Option<_>>()?,
+        workloads: workloads.in_order()?,
+        limits: limits?,
+        unknown: unknown?,
+        refused: refused?,
+    };
+    workloads.warn_unused(report, &policy);
+    Some(policy)
 }
 
 /// The `version` if it is a number other than 1.
@@ -296,17 +337,24 @@ fn compile_issuers(
     issuers
 }
 
-fn compile_servers(report: &mut Report, map: &Mapping<'_>, issuers: &Issuers) -> Option<Vec<Arc<Server>>> {
+/// The servers as far as they could be read. `None` if there is no list of them.
+fn compile_servers(
+    report: &mut Report,
+    map: &Mapping<'_>,
+    issuers: &Issuers,
+    workloads: &KnownWorkloads,
+) -> Option<Vec<Draft>> {
     let field = map.required(report, "servers")?;
     let entries = field.list(report, MAX_SERVERS)?;
     if entries.is_empty() {
         field.error(report, Defect::NoServers);
     }
-    let drafts: Vec<_> = entries.iter().map(|entry| server::compile(report, entry, issuers)).collect();
+    let drafts: Vec<_> =
+        entries.iter().map(|entry| server::compile(report, entry, issuers, workloads)).collect();
     conflicts::check(report, &drafts);
     let used: HashSet<&String> = drafts.iter().flat_map(|draft| &draft.issuer_names).collect();
     for name in issuers.names.iter().filter(|name| !used.contains(&name.value)) {
         report.warn(name.at, name.field.clone(), Caution::UnusedIssuer);
     }
-    drafts.into_iter().map(|draft| draft.server.map(Arc::new)).collect()
+    Some(drafts)
 }

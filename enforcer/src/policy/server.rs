@@ -9,6 +9,7 @@ use super::node::At;
 use super::path::{PathError, check_path, path_contains};
 use super::resource::{MAX_RESOURCE_BYTES, ResourceParts, canonical_resource, parse_resource};
 use super::sharing::METADATA_PREFIX;
+use super::workloads::KnownWorkloads;
 use super::{Issuers, Listen, MAX_PATH_BYTES, Metadata, Server};
 
 const FIELDS: &[&str] = &[
@@ -23,6 +24,7 @@ const FIELDS: &[&str] = &[
     "metadata",
     "hosts",
     "origins",
+    "callers",
 ];
 
 /// Most endpoints, aliases, public paths and scopes for one server.
@@ -67,7 +69,12 @@ pub(super) fn name(report: &mut Report, map: &Mapping<'_>) -> Option<Placed<Stri
     Some(Placed { value: text.to_owned(), at: field.at(), field: field.path })
 }
 
-pub(super) fn compile(report: &mut Report, entry: &Field<'_>, known: &Issuers) -> Draft {
+pub(super) fn compile(
+    report: &mut Report,
+    entry: &Field<'_>,
+    known: &Issuers,
+    workloads: &KnownWorkloads,
+) -> Draft {
     let mut draft = Draft {
         name: None,
         listen: Vec::new(),
@@ -112,6 +119,7 @@ pub(super) fn compile(report: &mut Report, entry: &Field<'_>, known: &Issuers) -
     let origins = map.or_default("origins", Vec::new(), |field| {
         field.texts(report, MAX_HOSTS, MAX_ORIGIN_BYTES, |_, text| hosts::origin(text))
     });
+    let callers = map.or_default("callers", None, |field| workloads.named(report, &field).map(Some));
     warn(report, &draft, resource.as_ref());
 
     draft.server = (|| {
@@ -128,6 +136,10 @@ pub(super) fn compile(report: &mut Report, entry: &Field<'_>, known: &Issuers) -
             metadata: metadata?,
             hosts: hosts?,
             origins: origins?,
+            callers: callers?,
+            // Added when those lists are read, which name servers.
+            bind: Vec::new(),
+            limits: Vec::new(),
         })
     })();
     draft.resource = resource.map(|r| r.canonical);

@@ -358,3 +358,50 @@ fn the_daemon_timeout_is_bounded_and_part_of_the_hash() {
         assert!(error.to_string().contains("daemon_timeout"), "{error}");
     }
 }
+
+const WORKLOADS: &str = include_str!("../../testdata/policy/good/workloads.yaml");
+
+#[test]
+fn workloads_bindings_and_limits_reach_the_servers_that_they_are_for() {
+    let (policy, _) = parse("policy.yaml", WORKLOADS).unwrap_or_else(|e| panic!("{e}"));
+    let [files, mail] = &policy.servers[..] else { panic!("two servers") };
+    let names = |rules: &[Arc<WorkloadRule>]| rules.iter().map(|r| r.name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(files.callers.as_ref().unwrap()), ["agents", "office"]);
+    assert_eq!(names(mail.callers.as_ref().unwrap()), ["builder"]);
+    assert_eq!((files.bind.len(), mail.bind.len()), (3, 3));
+    assert!(matches!(&files.bind[1].to, BindTo::SpiffeId(rules) if names(rules) == ["builder"]));
+    assert_eq!((&files.bind[2].to, &mail.bind[2].to), (&BindTo::KubernetesPod, &BindTo::FirstUse));
+    let limits = |server: &Server| server.limits.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
+    assert_eq!(
+        (limits(files), limits(mail)),
+        (vec!["each".into(), "prefix".into()], vec!["each".into(), "slow".into()])
+    );
+    let [each, prefix, slow] = &policy.limits[..] else { panic!("three limits") };
+    assert_eq!(each.rate, Some(Rate { interval_ns: 50_000_000, burst: 40 }));
+    assert_eq!(
+        (each.per, each.ipv4_prefix, each.ipv6_prefix, each.streams),
+        (Dimension::Workload, 32, 64, None)
+    );
+    assert_eq!(prefix.rate, Some(Rate { interval_ns: 200_000_000, burst: 5 }), "a second's worth");
+    assert_eq!((prefix.ipv4_prefix, prefix.ipv6_prefix, prefix.streams), (24, 56, Some(10)));
+    assert_eq!(slow.rate.unwrap().burst, 1, "at least one");
+    assert_eq!(policy.unknown, Rate { interval_ns: 2_000_000, burst: 500 });
+    assert_eq!(policy.refused, Some(Rate { interval_ns: 6_000_000_000, burst: 5 }));
+    let text = effective(&policy);
+    for needle in [
+        "one of: agents, office; any other: 403",
+        "  subject \"agent\": only from: agents\n",
+        "  issuer \"corp\", client \"builder\": only from the workload with its `sub` as SPIFFE id, of: builder\n",
+        "only from the pod that the token names",
+        "prefix, per source (IPv4 /24, IPv6 /56): 5/s, 5 at once, 10 open streams; beyond: 429",
+        "workload \"agents\": all of\n  unit            agent.service or agent@1.service\n  uid             998 or 999\n",
+        "app=builder and com.example.tier=ci",
+        "per source: 500/s, 500 at once",
+        "per source: 10/m, 5 at once",
+    ] {
+        assert!(text.contains(needle), "{needle:?} is not in:\n{text}");
+    }
+    let (plain, _) = parse("policy.yaml", EXAMPLE).unwrap();
+    assert_eq!((plain.unknown, plain.refused, &plain.limits[..]), (DEFAULT_UNKNOWN, None, &[][..]));
+    assert!(plain.servers[0].callers.is_none() && plain.servers[0].bind.is_empty());
+}

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use super::rate::Rate;
+pub use super::selectors::{CgroupGlob, Network};
+
 /// What happens to a request that policy refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -26,6 +29,14 @@ pub struct Policy {
     pub issuers: Vec<Arc<Issuer>>,
     /// Protected servers, in file order.
     pub servers: Vec<Arc<Server>>,
+    /// Workloads, in file order.
+    pub workloads: Vec<Arc<WorkloadRule>>,
+    /// Limits, in file order.
+    pub limits: Vec<Arc<Limit>>,
+    /// How many requests that the kernel does not know may come from one source.
+    pub unknown: Rate,
+    /// How many requests that are refused, or that need no token, may come from one source; without it as many as come.
+    pub refused: Option<Rate>,
 }
 
 /// A signature algorithm that a policy may list (RFC 7518 and RFC 8037 names). Asymmetric only: no `none`, no HMAC.
@@ -125,4 +136,127 @@ pub struct Server {
     pub hosts: Vec<String>,
     /// Accepted `Origin` values; a request with any other `Origin` is refused (DNS rebinding).
     pub origins: Vec<String>,
+    /// Who may send anything here: callers that one of these fits. Without it, everybody. Never empty.
+    pub callers: Option<Vec<Arc<WorkloadRule>>>,
+    /// The rules that apply here about who may present which token. All that are about a token must hold.
+    pub bind: Vec<BindRule>,
+    /// The limits that apply here, in file order; at most [`enforcer_common::abi::GRANT_BUCKETS`].
+    pub limits: Vec<Arc<Limit>>,
+}
+
+/// A workload as policy names it. Every kind of selector that is given must fit a caller: one of its values, of the labels all. There is at
+/// least one.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WorkloadRule {
+    /// Name within the policy.
+    pub name: String,
+    /// systemd units, `agent.service`.
+    pub units: Vec<String>,
+    /// Ids of containers, 64 hexadecimal digits.
+    pub containers: Vec<String>,
+    /// Labels of containers, each with its value.
+    pub labels: Vec<(String, String)>,
+    /// Uids of Kubernetes pods.
+    pub pods: Vec<String>,
+    /// Patterns for the cgroup's path.
+    pub cgroups: Vec<CgroupGlob>,
+    /// Users by number.
+    pub uids: Vec<u32>,
+    /// Addresses that it connects from.
+    pub networks: Vec<Network>,
+    /// The SPIFFE ids that it has. No selector: nobody is recognised by them.
+    pub spiffe_ids: Vec<String>,
+}
+
+/// Who may present a token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BindRule {
+    /// Only tokens of the issuer with this name in the policy.
+    pub issuer: Option<String>,
+    /// Only tokens with this `sub`.
+    pub subject: Option<String>,
+    /// Only tokens of this client.
+    pub client_id: Option<String>,
+    /// Who may present them.
+    pub to: BindTo,
+}
+
+/// The workload that a token is bound to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BindTo {
+    /// One of these.
+    Workloads(Vec<Arc<WorkloadRule>>),
+    /// The pod whose uid a Kubernetes service account token holds.
+    KubernetesPod,
+    /// Of these, which have SPIFFE ids, one that has the token's `sub`.
+    SpiffeId(Vec<Arc<WorkloadRule>>),
+    /// Whoever presents the first token of its principal.
+    FirstUse,
+}
+
+/// How much may come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limit {
+    /// Name within the policy.
+    pub name: String,
+    /// What has a bucket of its own.
+    pub per: Dimension,
+    /// Requests. This or [`Self::streams`] is given.
+    pub rate: Option<Rate>,
+    /// Responses that are open at the same time.
+    pub streams: Option<u32>,
+    /// With [`Dimension::Source`]: IPv4 addresses with so many equal first bits are one source.
+    pub ipv4_prefix: u8,
+    /// With [`Dimension::Source`]: IPv6 addresses with so many equal first bits are one source.
+    pub ipv6_prefix: u8,
+}
+
+/// What a limit counts by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dimension {
+    /// Each server.
+    Server,
+    /// Each address or prefix that requests come from.
+    Source,
+    /// Each workload; callers that are not known by their addresses.
+    Workload,
+    /// Each user of this host.
+    Uid,
+    /// Each issuer, subject and client.
+    Principal,
+    /// Each OAuth client of an issuer.
+    Client,
+    /// Each MCP tool. No policy has it yet: request bodies are not read.
+    Tool,
+    /// Each MCP method. No policy has it yet: request bodies are not read.
+    Method,
+}
+
+impl Dimension {
+    /// Every dimension, in the order of the documentation.
+    pub const ALL: [Self; 8] = [
+        Self::Server,
+        Self::Source,
+        Self::Workload,
+        Self::Uid,
+        Self::Principal,
+        Self::Client,
+        Self::Tool,
+        Self::Method,
+    ];
+
+    /// The name in policies.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Source => "source",
+            Self::Workload => "workload",
+            Self::Uid => "uid",
+            Self::Principal => "principal",
+            Self::Client => "client",
+            Self::Tool => "tool",
+            Self::Method => "method",
+        }
+    }
 }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use enforcer_common::abi::{
-    NameHash, REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, Revocation,
+    NameHash, REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKE_WORKLOAD,
+    Revocation,
 };
 
 use super::{Subject, is_over, matches};
@@ -50,6 +51,8 @@ impl RevocationList {
             (REVOKE_CLIENT, subject.client),
             (REVOKE_ISSUER, subject.issuer),
             (REVOKE_ISSUER, subject.issuer_name),
+            (REVOKE_WORKLOAD, subject.workload[0]),
+            (REVOKE_WORKLOAD, subject.workload[1]),
             (REVOKE_SERVER, subject.server),
             (0, NameHash::default()),
         ];
@@ -73,6 +76,8 @@ const fn place(revocation: &Revocation) -> (u32, NameHash) {
         (REVOKE_CLIENT, revocation.client_hash)
     } else if selectors & REVOKE_ISSUER != 0 {
         (REVOKE_ISSUER, revocation.issuer_hash)
+    } else if selectors & REVOKE_WORKLOAD != 0 {
+        (REVOKE_WORKLOAD, revocation.workload_hash)
     } else if selectors & REVOKE_SERVER != 0 {
         (REVOKE_SERVER, revocation.server_hash)
     } else {

@@ -14,7 +14,7 @@ pub mod store;
 
 use enforcer_common::abi::{
     GrantLabel, NameHash, REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN,
-    Revocation,
+    REVOKE_WORKLOAD, Revocation,
 };
 use ring::digest::{SHA256, digest};
 
@@ -31,7 +31,7 @@ pub fn name_hash(name: &str) -> NameHash {
     hash
 }
 
-/// What a revocation is compared with: a token at a server.
+/// What a revocation is compared with: a token at a server, presented by a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Subject {
     /// The token.
@@ -48,12 +48,19 @@ pub struct Subject {
     pub client: NameHash,
     /// Hash of the server's name.
     pub server: NameHash,
+    /// Hashes of the names of the workload that presents it.
+    pub workload: [NameHash; 2],
 }
 
 impl Subject {
-    /// Of a verified token at a server.
+    /// Of a verified token at a server, presented by a workload.
     #[must_use]
-    pub fn of_token(token: &VerifiedToken, fingerprint: Fingerprint, server: &str) -> Self {
+    pub fn of_token(
+        token: &VerifiedToken,
+        fingerprint: Fingerprint,
+        server: &str,
+        workload: [NameHash; 2],
+    ) -> Self {
         Self {
             fingerprint,
             issued_at_unix_secs: token.issued_at,
@@ -62,6 +69,7 @@ impl Subject {
             subject: name_hash(&token.subject),
             client: token.client_id.as_deref().map(name_hash).unwrap_or_default(),
             server: name_hash(server),
+            workload,
         }
     }
 
@@ -76,6 +84,7 @@ impl Subject {
             subject: label.subject_hash,
             client: label.client_hash,
             server: label.server_hash,
+            workload: label.workload_hashes,
         }
     }
 }
@@ -90,6 +99,7 @@ pub fn selects(revocation: &Revocation, subject: &Subject) -> bool {
         && (!asks(REVOKE_SUBJECT) || revocation.subject_hash == subject.subject)
         && (!asks(REVOKE_CLIENT) || revocation.client_hash == subject.client)
         && (!asks(REVOKE_SERVER) || revocation.server_hash == subject.server)
+        && (!asks(REVOKE_WORKLOAD) || subject.workload.contains(&revocation.workload_hash))
 }
 
 /// Whether a revocation means this token: it selects it, and the token was issued before it. A token that does not say when it was

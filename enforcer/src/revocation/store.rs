@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use enforcer_common::abi::{
-    NameHash, REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, Revocation, Text,
-    text, text_str,
+    NameHash, REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKE_WORKLOAD,
+    Revocation, Text, text, text_str,
 };
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -277,6 +277,8 @@ struct Row {
     client_id: Option<Name>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     server: Option<Name>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    workload: Option<Name>,
 }
 
 /// A name that a token must have: its hash decides, its beginning is for people.
@@ -304,6 +306,7 @@ impl Row {
             subject: name(REVOKE_SUBJECT, &entry.subject_hash, &entry.subject),
             client_id: name(REVOKE_CLIENT, &entry.client_hash, &entry.client_id),
             server: name(REVOKE_SERVER, &entry.server_hash, &entry.server),
+            workload: name(REVOKE_WORKLOAD, &entry.workload_hash, &entry.workload),
         }
     }
 
@@ -320,6 +323,7 @@ impl Row {
         let subject_hash = hash(REVOKE_SUBJECT, &self.subject)?;
         let client_hash = hash(REVOKE_CLIENT, &self.client_id)?;
         let server_hash = hash(REVOKE_SERVER, &self.server)?;
+        let workload_hash = hash(REVOKE_WORKLOAD, &self.workload)?;
         let fingerprint = match &self.token_fingerprint {
             Some(shown) => {
                 selectors |= REVOKE_TOKEN;
@@ -336,12 +340,14 @@ impl Row {
             subject_hash,
             client_hash,
             server_hash,
+            workload_hash,
             selectors,
             exact_end: u32::from(self.exact_end),
             issuer: begins(&self.issuer),
             subject: begins(&self.subject),
             client_id: begins(&self.client_id),
             server: begins(&self.server),
+            workload: begins(&self.workload),
         })
     }
 }

@@ -16,12 +16,14 @@ pub(crate) fn revocation(selectors: u32) -> Revocation {
         subject_hash: name(REVOKE_SUBJECT, "alice"),
         client_hash: name(REVOKE_CLIENT, "editor"),
         server_hash: name(REVOKE_SERVER, "files"),
+        workload_hash: name(REVOKE_WORKLOAD, "agent.service"),
         selectors,
         exact_end: 0,
         issuer: if selectors & REVOKE_ISSUER != 0 { text("https://login.example.com") } else { [0; 96] },
         subject: if selectors & REVOKE_SUBJECT != 0 { text("alice") } else { [0; 128] },
         client_id: if selectors & REVOKE_CLIENT != 0 { text("editor") } else { [0; 80] },
         server: if selectors & REVOKE_SERVER != 0 { text("files") } else { [0; 64] },
+        workload: if selectors & REVOKE_WORKLOAD != 0 { text("agent.service") } else { [0; 128] },
     }
 }
 
@@ -34,10 +36,12 @@ fn alice() -> Subject {
         subject: name_hash("alice"),
         client: name_hash("editor"),
         server: name_hash("files"),
+        workload: ["x", "agent.service"].map(name_hash),
     }
 }
 
-const EVERY: u32 = REVOKE_TOKEN | REVOKE_ISSUER | REVOKE_SUBJECT | REVOKE_CLIENT | REVOKE_SERVER;
+const EVERY: u32 =
+    REVOKE_TOKEN | REVOKE_ISSUER | REVOKE_SUBJECT | REVOKE_CLIENT | REVOKE_SERVER | REVOKE_WORKLOAD;
 
 /// Subjects that differ from [`alice`] in one thing, and the selector that asks for it.
 fn others() -> Vec<(u32, Subject)> {
@@ -49,6 +53,7 @@ fn others() -> Vec<(u32, Subject)> {
         (REVOKE_CLIENT, Subject { client: other, ..alice() }),
         (REVOKE_CLIENT, Subject { client: NameHash::default(), ..alice() }),
         (REVOKE_SERVER, Subject { server: other, ..alice() }),
+        (REVOKE_WORKLOAD, Subject { workload: [other; 2], ..alice() }),
     ]
 }
 

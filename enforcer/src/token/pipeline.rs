@@ -299,6 +299,7 @@ fn run<'a>(
         expires_at,
         not_after_unix_secs: expires_at.saturating_add(issuer.leeway.as_secs()),
         jwt_id: jwt_id?,
+        pod_uid: claims::pod_uid(payload?),
         key_id: key?.id().map(str::to_owned),
         evidence: Arc::new(Evidence::new(parts?, key?.thumbprint())),
     })

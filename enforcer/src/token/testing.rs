@@ -140,6 +140,9 @@ pub(crate) fn server(issuers: Vec<Arc<Issuer>>) -> Server {
         metadata: Metadata { serve: true, resource_name: None, scopes_supported: Vec::new() },
         hosts: vec!["mcp.example.com".to_owned()],
         origins: Vec::new(),
+        callers: None,
+        bind: Vec::new(),
+        limits: Vec::new(),
     }
 }
 

@@ -29,6 +29,8 @@ pub struct VerifiedToken {
     pub not_after_unix_secs: u64,
     /// `jti`.
     pub jwt_id: Option<String>,
+    /// `uid` of `pod` in `kubernetes.io`: the pod that a Kubernetes service account token was made for. Absent also if it is no text.
+    pub pod_uid: Option<String>,
     /// `kid` of the key that verified it; absent when the issuer's only fitting key has none.
     pub key_id: Option<String>,
     /// With which it can be judged again.

@@ -55,7 +55,7 @@ impl Identity {
                 Some(_) if identity.pod_uid.is_some() => break,
                 Some(uid) => identity.pod_uid = Some(uid),
                 None if name.ends_with(".slice") => identity.slice = Some(name.to_owned()),
-                None if UNITS.iter().any(|suffix| name.ends_with(suffix)) => {
+                None if is_unit(name) => {
                     identity.unit = Some(name.to_owned());
                     break;
                 }
@@ -96,7 +96,8 @@ impl Identity {
     }
 }
 
-fn is_id(text: &str) -> bool {
+/// Whether a text is a container's id in full.
+pub(crate) fn is_container_id(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
@@ -106,10 +107,10 @@ fn container<'a>(name: &'a str, parent: &str) -> Option<(&'a str, Option<&'stati
     if let Some((id, runtime)) =
         SCOPES.iter().find_map(|(prefix, runtime)| Some((bare.strip_prefix(prefix)?, *runtime)))
     {
-        return is_id(id).then_some((id, Some(runtime)));
+        return is_container_id(id).then_some((id, Some(runtime)));
     }
     let runtime = (parent == DOCKER).then_some(DOCKER);
-    (is_id(name) && (runtime.is_some() || parent.starts_with("pod"))).then_some((name, runtime))
+    (is_container_id(name) && (runtime.is_some() || parent.starts_with("pod"))).then_some((name, runtime))
 }
 
 /// The uid in the name of a pod's cgroup, of either cgroup driver: `kubepods-burstable-pod0a1b_....slice`, `pod0a1b-...`. That of a pod
@@ -120,9 +121,20 @@ fn pod_uid(name: &str, parent: &str) -> Option<String> {
         None if parent == KUBEPODS || CLASSES.contains(&parent) => name.strip_prefix("pod")?.to_owned(),
         _ => return None,
     };
+    is_pod_uid(&uid).then_some(uid)
+}
+
+/// Whether a text is the uid of a pod, or the hash of one from a file.
+pub(crate) fn is_pod_uid(uid: &str) -> bool {
     let hex = uid.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f' | b'-'));
     let dashes = uid.bytes().filter(|byte| *byte == b'-').count();
-    (hex && matches!((uid.len(), dashes), (36, 4) | (32, 0))).then_some(uid)
+    hex && matches!((uid.len(), dashes), (36, 4) | (32, 0))
+}
+
+/// Whether a text is the name of a unit that can have processes.
+pub(crate) fn is_unit(name: &str) -> bool {
+    UNITS.iter().any(|suffix| name.strip_suffix(suffix).is_some_and(|name| !name.is_empty()))
+        && !name.contains('/')
 }
 
 #[cfg(test)]

@@ -1,11 +1,20 @@
 //! Which workload a caller is: from the cgroup that its process was in when it connected, to the names that people know.
 
+mod binding;
+#[cfg(test)]
+mod binding_tests;
+mod caller;
 mod identity;
 mod tree;
 
+pub use binding::{BindFault, Bound, bind, callers_allow};
+pub use caller::CallerView;
 pub use identity::Identity;
+pub(crate) use identity::{is_container_id, is_pod_uid, is_unit};
 pub use tree::Workloads;
 pub(crate) use tree::cgroups;
+
+use std::collections::BTreeMap;
 
 use enforcer_common::abi::{Caller, text_str};
 use serde::Serialize;
@@ -23,16 +32,26 @@ pub struct Workload {
     /// What the path says.
     #[serde(flatten)]
     pub identity: Identity,
+    /// The labels that the container's runtime gave it, as far as it says.
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Workload {
-    fn of(cgroup_id: u64, cgroup_path: Option<String>) -> Self {
+    pub(crate) fn of(cgroup_id: u64, cgroup_path: Option<String>) -> Self {
         let identity = cgroup_path.as_deref().map(Identity::of).unwrap_or_default();
         // Whoever may make cgroups chooses their names, and terminals obey control characters.
         let shown =
             |path: String| path.replace(char::is_control, "\u{fffd}").chars().take(MAX_SHOWN_CHARS).collect();
         let cgroup_path = cgroup_path.map(shown);
-        Self { cgroup_id, cgroup_path, identity }
+        Self { cgroup_id, cgroup_path, identity, labels: BTreeMap::new() }
+    }
+
+    /// The path, if it is shown as it is, and whole. Others could look the same otherwise.
+    fn exact_path(&self) -> Option<&str> {
+        let path = self.cgroup_path.as_deref()?;
+        let exact =
+            !path.contains(char::REPLACEMENT_CHARACTER) && path.chars().nth(MAX_SHOWN_CHARS - 1).is_none();
+        exact.then_some(path)
     }
 
     /// For people: its best name, else its path, else its number.

@@ -1,9 +1,10 @@
 //! A client in a process of its own, for tests of who is calling: sends its standard input as one request, tells the status of the answer,
-//! and stays.
+//! does so with further ones, and stays.
 
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ struct Arguments {
     /// Address and port to call from
     #[arg(long)]
     from: Option<SocketAddr>,
+    /// Then send the request in this file, on the same connection
+    #[arg(long)]
+    then: Vec<PathBuf>,
     /// Send the request in the SYN
     #[arg(long)]
     fast_open: bool,
@@ -56,18 +60,37 @@ fn main() -> Result<()> {
         println!("refused {error}");
         return Ok(());
     }
-    let mut connection = Connection::over(TcpStream::from(socket), TIMEOUT)?;
+    let stream = TcpStream::from(socket);
+    let mut rest = stream.try_clone()?;
+    let mut connection = Connection::over(stream, TIMEOUT)?;
     println!("connected {}", connection.local_addr()?);
     if !request.is_empty() {
         connection.send(request.get(sent..).unwrap_or_default())?;
-        match connection.read_response() {
-            Ok(response) => println!("status {}", response.status),
-            Err(error) => println!("closed {error:#}"),
-        }
+        tell(&mut connection);
+    }
+    for file in &arguments.then {
+        connection.send(&std::fs::read(file)?)?;
+        tell(&mut connection);
     }
     println!("staying");
+    let mut byte = [0; 1];
+    loop {
+        match rest.read(&mut byte) {
+            Ok(1..) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Ok(0) | Err(_) => break,
+        }
+    }
+    println!("ended");
     loop {
         thread::sleep(TIMEOUT);
+    }
+}
+
+fn tell(connection: &mut Connection) {
+    match connection.read_response() {
+        Ok(response) => println!("status {}", response.status),
+        Err(error) => println!("closed {error:#}"),
     }
 }
 

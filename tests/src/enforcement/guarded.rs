@@ -35,7 +35,7 @@ pub struct GuardedBuilder {
     server_fields: Vec<(String, Value)>,
     issuer_fields: Vec<(String, Value)>,
     observing: bool,
-    daemon_timeout: Option<String>,
+    policy_fields: Vec<(String, Value)>,
     config: Config,
     drain_timeout_secs: u64,
     options: Vec<String>,
@@ -66,7 +66,7 @@ impl Guarded {
             server_fields: Vec::new(),
             issuer_fields: Vec::new(),
             observing: false,
-            daemon_timeout: None,
+            policy_fields: Vec::new(),
             config: Config::default(),
             drain_timeout_secs: 1,
             options: Vec::new(),
@@ -189,8 +189,14 @@ impl GuardedBuilder {
 
     /// The policy's `daemon_timeout`.
     #[must_use]
-    pub fn daemon_timeout(mut self, timeout: &str) -> Self {
-        self.daemon_timeout = Some(timeout.to_owned());
+    pub fn daemon_timeout(self, timeout: &str) -> Self {
+        self.policy("daemon_timeout", timeout)
+    }
+
+    /// Sets a field of the policy's top level.
+    #[must_use]
+    pub fn policy(mut self, field: &str, value: impl Into<Value>) -> Self {
+        self.policy_fields.push((field.to_owned(), value.into()));
         self
     }
 
@@ -243,10 +249,8 @@ impl GuardedBuilder {
         }
         let policy = PolicySpec::new(vec![corp], vec![server]);
         let policy = if self.observing { policy.observing() } else { policy };
-        let policy = match &self.daemon_timeout {
-            Some(timeout) => policy.daemon_timeout(timeout),
-            None => policy,
-        };
+        let policy =
+            self.policy_fields.into_iter().fold(policy, |policy, (field, value)| policy.with(&field, value));
         let drain_timeout = self.drain_timeout_secs.to_string();
         let mut options = vec!["--drain-timeout", &drain_timeout];
         options.extend(self.options.iter().map(String::as_str));

@@ -13,7 +13,7 @@ use crate::issuer::Issuer;
 #[derive(Debug, Clone)]
 pub struct PolicySpec {
     mode: &'static str,
-    daemon_timeout: Option<String>,
+    fields: Map<String, Value>,
     issuers: Vec<IssuerSpec>,
     servers: Vec<ServerSpec>,
 }
@@ -22,7 +22,7 @@ impl PolicySpec {
     /// An enforcing policy.
     #[must_use]
     pub fn new(issuers: Vec<IssuerSpec>, servers: Vec<ServerSpec>) -> Self {
-        Self { mode: "enforce", daemon_timeout: None, issuers, servers }
+        Self { mode: "enforce", fields: Map::new(), issuers, servers }
     }
 
     /// Lets everything pass, and counts what would have been refused.
@@ -34,8 +34,14 @@ impl PolicySpec {
 
     /// Sets `daemon_timeout`, a duration as policies write it.
     #[must_use]
-    pub fn daemon_timeout(mut self, timeout: &str) -> Self {
-        self.daemon_timeout = Some(timeout.to_owned());
+    pub fn daemon_timeout(self, timeout: &str) -> Self {
+        self.with("daemon_timeout", timeout)
+    }
+
+    /// Sets any field of the top level.
+    #[must_use]
+    pub fn with(mut self, field: &str, value: impl Into<Value>) -> Self {
+        self.fields.insert(field.to_owned(), value.into());
         self
     }
 
@@ -48,8 +54,8 @@ impl PolicySpec {
             "issuers": self.issuers.iter().map(|issuer| &issuer.fields).collect::<Vec<_>>(),
             "servers": self.servers.iter().map(|server| &server.fields).collect::<Vec<_>>(),
         });
-        if let Some(timeout) = &self.daemon_timeout {
-            document["daemon_timeout"] = json!(timeout);
+        for (field, value) in &self.fields {
+            document[field] = value.clone();
         }
         document
     }

@@ -1,13 +1,21 @@
 //! The decision, by the rows of the table of answers and of the ways around an enforcer.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use proptest::prelude::*;
 
 use super::*;
 use crate::http::head::Framing;
 use crate::http::test_server::server;
 use crate::policy::Server;
+use crate::workload::{BindFault, Bound, CallerView};
 
+mod callers;
 mod paths;
+
+/// Nobody knows who it is.
+const REMOTE: CallerView<'_> =
+    CallerView { workload: None, uid: u32::MAX, address: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)) };
 
 /// Knows tokens by their names; `good` holds every scope, `scopes.a.b` holds a and b (`~` stands for a colon).
 struct Fake;
@@ -29,6 +37,20 @@ impl TokenVerifier for Fake {
         }
     }
 
+    fn bind(
+        &self,
+        verified: &Self::Verified,
+        _: &Server,
+        caller: &CallerView<'_>,
+    ) -> Result<Bound, BindFault> {
+        let holds = |scope: &str| verified.iter().any(|held| held == scope);
+        match caller.workload {
+            _ if holds("anothers") => Err(BindFault::OtherWorkload),
+            None if holds("local") => Err(BindFault::CallerUnknown),
+            _ => Ok(Bound { first_use: holds("first") }),
+        }
+    }
+
     fn missing_scopes(&self, verified: &Self::Verified, needed: &[String]) -> Vec<String> {
         needed.iter().filter(|scope| !verified.contains(scope)).cloned().collect()
     }
@@ -36,9 +58,14 @@ impl TokenVerifier for Fake {
 
 /// What became of a request, in a line.
 fn outcome(text: &str, servers: &[&Server]) -> String {
-    match decide(text.as_bytes(), servers, &Fake, &Options::default()) {
-        Decision::Allow { server_index, cacheable, .. } => {
-            format!("allow {server_index}{}", if cacheable { "" } else { " once" })
+    outcome_for(text, servers, &REMOTE)
+}
+
+fn outcome_for(text: &str, servers: &[&Server], caller: &CallerView<'_>) -> String {
+    match decide(text.as_bytes(), servers, &Fake, caller, &Options::default()) {
+        Decision::Allow { server_index, cacheable, first_use, .. } => {
+            let first_use = if first_use { " first use" } else { "" };
+            format!("allow {server_index}{}{first_use}", if cacheable { "" } else { " once" })
         }
         Decision::Public { server_index, cacheable, .. } => {
             format!("public {server_index}{}", if cacheable { "" } else { " once" })
@@ -179,7 +206,7 @@ fn refusals_are_readable_by_listed_origins_alone() {
     let server = server("/mcp");
     let headers_for = |origin: &str| {
         let text = format!("POST /mcp HTTP/1.1\r\nHost: mcp.example.com\r\n{origin}\r\n");
-        match decide(text.as_bytes(), &[&server], &Fake, &Options::default()) {
+        match decide(text.as_bytes(), &[&server], &Fake, &REMOTE, &Options::default()) {
             Decision::Answer { answer, .. } => String::from_utf8_lossy(&answer.bytes).into_owned(),
             other => panic!("{other:?}"),
         }
@@ -292,7 +319,7 @@ fn challenge_does_not_follow_the_host() {
     let server = server("/mcp");
     let text = "POST /mcp HTTP/1.1\r\nHost: localhost:8080\r\n\r\n";
     let Decision::Answer { answer, server_index, framing, .. } =
-        decide(text.as_bytes(), &[&server], &Fake, &Options::default())
+        decide(text.as_bytes(), &[&server], &Fake, &REMOTE, &Options::default())
     else {
         panic!("no credentials must be refused")
     };
@@ -309,7 +336,7 @@ fn unknown_key_after_the_refresh_is_401() {
     let server = server("/mcp");
     let text = "POST /mcp HTTP/1.1\r\nHost: mcp.example.com\r\nAuthorization: Bearer rotated\r\n\r\n";
     let options = Options { key_lookup: KeyLookup::Final, ..Options::default() };
-    let decision = decide(text.as_bytes(), &[&server], &Fake, &options);
+    let decision = decide(text.as_bytes(), &[&server], &Fake, &REMOTE, &options);
     assert!(
         matches!(&decision, Decision::Answer { answer, cache: CacheFor::Short, .. } if answer.status == 401),
         "{decision:?}"
@@ -336,7 +363,7 @@ fn valid_token_never_gets_401() {
 fn debug_output_holds_no_token() {
     let server = server("/mcp");
     let text = "POST /mcp HTTP/1.1\r\nHost: mcp.example.com\r\nAuthorization: Bearer good\r\n\r\n";
-    let decision = decide(text.as_bytes(), &[&server], &Fake, &Options::default());
+    let decision = decide(text.as_bytes(), &[&server], &Fake, &REMOTE, &Options::default());
     assert!(matches!(decision, Decision::Allow { token: "good", .. }));
     assert!(!format!("{decision:?}").contains("good"));
 }
@@ -362,7 +389,7 @@ proptest! {
                 _ => drop(bytes.remove(at)),
             }
         }
-        if let Decision::Allow { token, .. } = decide(&bytes, &[&server("/mcp")], &Fake, &Options::default()) {
+        if let Decision::Allow { token, .. } = decide(&bytes, &[&server("/mcp")], &Fake, &REMOTE, &Options::default()) {
             prop_assert!(with_token);
             prop_assert_eq!(token, "good");
         }

@@ -1,6 +1,7 @@
 //! Grants.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use enforcer_common::abi::{Config, Grant, GrantLabel, ServerLabel, text_str};
 use serde::Serialize;
@@ -24,6 +25,8 @@ struct Row {
     issuer: String,
     subject: String,
     client_id: Option<String>,
+    /// Who presents the token.
+    caller: CallerRow,
     /// Keyed fingerprint of the token.
     token_fingerprint: String,
     state: &'static str,
@@ -33,6 +36,17 @@ struct Row {
     /// The token's own `exp`.
     token_expires_at_unix_s: u64,
     requests: u64,
+}
+
+/// Who a grant is for: the kernel lets nobody else pass by it.
+#[derive(Debug, Serialize)]
+struct CallerRow {
+    /// The workload; of a caller that is not known the address.
+    name: String,
+    address: IpAddr,
+    /// Absent: the caller is on another host, or not known.
+    cgroup_id: Option<u64>,
+    uid: Option<u32>,
 }
 
 impl Grants {
@@ -57,6 +71,12 @@ impl Grants {
                 issuer: text(|label| &label.issuer),
                 subject: text(|label| &label.subject),
                 client_id: (!client_id.is_empty()).then_some(client_id),
+                caller: CallerRow {
+                    name: text(|label| &label.workload),
+                    address: IpAddr::from(grant.caller.address()).to_canonical(),
+                    cgroup_id: (grant.caller.cgroup_id() != 0).then(|| grant.caller.cgroup_id()),
+                    uid: (grant.caller.cgroup_id() != 0).then(|| grant.caller.uid()),
+                },
                 token_fingerprint: hex(&grant.fingerprint),
                 state: state(grant, config, now_ns),
                 age_ms: age_ms(grant.granted_ns, now_ns),
@@ -92,6 +112,7 @@ impl Render for Grants {
                 or_none(&row.issuer),
                 or_none(&row.subject),
                 or_none(row.client_id.as_deref().unwrap_or_default()),
+                or_none(&row.caller.name),
                 row.token_fingerprint.clone(),
                 row.state.to_owned(),
                 duration(row.age_ms),
@@ -105,6 +126,7 @@ impl Render for Grants {
             "ISSUER",
             "SUBJECT",
             "CLIENT ID",
+            "WORKLOAD",
             "TOKEN",
             "STATE",
             "AGE",
@@ -137,9 +159,9 @@ mod tests {
         let shown = Grants::of(&grants, &labels, &servers, &config(), NOW_NS);
         assert_eq!(
             shown.text(),
-            "SERIAL  SERVER  ISSUER  SUBJECT  CLIENT ID  TOKEN                             STATE   AGE  EXPIRES IN  REQUESTS\n\
-             3       files   corp    alice    cli        abababababababababababababababab  active  1s   1m00s       12\n\
-             9       files   -       -        -          abababababababababababababababab  active  1s   1m00s       0\n"
+            "SERIAL  SERVER  ISSUER  SUBJECT  CLIENT ID  WORKLOAD       TOKEN                             STATE   AGE  EXPIRES IN  REQUESTS\n\
+             3       files   corp    alice    cli        agent.service  abababababababababababababababab  active  1s   1m00s       12\n\
+             9       files   -       -        -          -              abababababababababababababababab  active  1s   1m00s       0\n"
         );
         let json = serde_json::to_value(&shown).unwrap();
         assert_eq!(json["grants"][0]["slot"], 1);

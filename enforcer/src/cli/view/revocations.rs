@@ -1,7 +1,8 @@
 //! Revocations.
 
 use enforcer_common::abi::{
-    REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, Revocation, text_str,
+    REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKE_WORKLOAD, Revocation,
+    text_str,
 };
 use serde::Serialize;
 
@@ -25,6 +26,7 @@ struct Row {
     subject: Option<String>,
     client_id: Option<String>,
     server: Option<String>,
+    workload: Option<String>,
     selects: String,
     revoked_at_unix_s: u64,
     age_s: u64,
@@ -51,6 +53,7 @@ pub(in crate::cli) fn selection(entry: &Revocation) -> String {
         name(entry, REVOKE_SUBJECT, &entry.subject).map(|name| format!("subject {name}")),
         name(entry, REVOKE_CLIENT, &entry.client_id).map(|name| format!("client {name}")),
         name(entry, REVOKE_SERVER, &entry.server).map(|name| format!("server {name}")),
+        name(entry, REVOKE_WORKLOAD, &entry.workload).map(|name| format!("workload {name}")),
     ];
     let parts: Vec<_> = parts.into_iter().flatten().collect();
     if parts.is_empty() { "every token".to_owned() } else { parts.join(", ") }
@@ -67,6 +70,7 @@ impl Revocations {
                 subject: owned(REVOKE_SUBJECT, &entry.subject),
                 client_id: owned(REVOKE_CLIENT, &entry.client_id),
                 server: owned(REVOKE_SERVER, &entry.server),
+                workload: owned(REVOKE_WORKLOAD, &entry.workload),
                 selects: selection(entry),
                 revoked_at_unix_s: entry.revoked_at_unix_secs,
                 age_s: now_unix_secs.saturating_sub(entry.revoked_at_unix_secs),

@@ -326,7 +326,7 @@ mod tests {
              mode         enforce\n\
              loaded       1m30s ago\n\
              generation   1\n\
-             abi version  5\n\
+             abi version  6\n\
              flows        3 of 65536\n\
              verdicts     2 of 65536\n\
              grants       1 of 65536\n\

@@ -1,5 +1,6 @@
 //! Map values for tests.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use enforcer_common::abi::{
@@ -23,6 +24,7 @@ pub(super) fn config() -> Config {
         daemon_started_ns: NOW_NS - 60_000_000_000,
         daemon_pid: 42,
         draining: 0,
+        ..Config::NONE
     }
 }
 
@@ -56,7 +58,7 @@ pub(super) fn grant(serial: u64) -> Grant {
         serial,
         deadline_ns: NOW_NS + 60_000_000_000,
         generation: 1,
-        workload_id: 0,
+        caller: enforcer_common::abi::Origin::NONE,
         principal_id: 1,
         granted_ns: NOW_NS - 1_000_000_000,
         expires_at_unix_secs: 1_800_000_000,
@@ -82,6 +84,8 @@ pub(super) fn label(serial: u64, subject: &str, client_id: &str) -> GrantLabel {
         subject_hash: hash(subject),
         client_hash: hash(client_id),
         server_hash: hash("files"),
+        workload_hashes: [[0; 16]; 2],
+        workload: text("agent.service"),
     }
 }
 
@@ -110,5 +114,5 @@ pub(super) fn server(name: &str, listen: &str) -> ServerLabel {
 
 pub(super) fn workload(cgroup_id: u64, path: &str) -> Arc<Workload> {
     let identity = Identity::of(path);
-    Arc::new(Workload { cgroup_id, cgroup_path: Some(path.to_owned()), identity })
+    Arc::new(Workload { cgroup_id, cgroup_path: Some(path.to_owned()), identity, labels: BTreeMap::new() })
 }

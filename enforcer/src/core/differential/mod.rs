@@ -109,6 +109,7 @@ impl Bench {
             reason: 0,
             write_seq: 0,
             interface: 0,
+            origin: enforcer_common::abi::Origin::NONE,
         };
         let now = Now { boot_ns: 1_000_000_000_000, unix_secs: NOW, unix_subsec_ns: 0 };
         // The grants stay; what else was written is of no interest, and would pile up.
@@ -129,15 +130,16 @@ impl Bench {
         self.tally.allowed += u64::from(verdict.kind != VERDICT_DENY);
         let end = find_head_end(&bytes).expect("a head with a verdict has an end");
         let head = &bytes[..end];
-        let (info, same) = head::analyze_bytes(head, &self.key, 0).expect("so it has a digest");
+        let (info, same) = head::analyze_bytes(head, &self.key, &enforcer_common::abi::Origin::NONE)
+            .expect("so it has a digest");
         assert_eq!(same, digest);
         assert_eq!(info.head_bytes as usize, end, "kernel and parser see another end");
         let layout = layout_of(head);
         let mut cases = vec![case(source, head, info, false)];
         if layout.masks() > 0 || layout.length().1 > 0 {
             let other = masked_otherwise(head, &layout, random);
-            let (info, same) =
-                head::analyze_bytes(&other, &self.key, 0).expect("it only differs in masked bytes");
+            let (info, same) = head::analyze_bytes(&other, &self.key, &enforcer_common::abi::Origin::NONE)
+                .expect("it only differs in masked bytes");
             assert_eq!(same, digest, "a masked byte counts: {:?}", String::from_utf8_lossy(&other));
             cases.push(case(source, &other, info, true));
         }

@@ -1,17 +1,21 @@
 //! What a request is: its bytes are put together, its head is read, and policy is asked.
 
-use enforcer_common::abi::{PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader, VERDICT_PUBLIC};
-use tracing::{debug, info};
+use enforcer_common::abi::{
+    PUNT_LIMITED, PUNT_OBSERVED, PUNT_UNANSWERED, PuntHeader, VERDICT_PUBLIC, punt_retry_step,
+};
+use enforcer_common::limit::retry_step;
 
 use crate::authz::{self, Decision, KeyLookup, Options};
-use crate::core::{Datapath, GrantFor, KeyedVerifier, Now};
+use crate::core::{Datapath, KeyedVerifier, Now};
 use crate::http::answer;
 use crate::http::head::{DEFAULT_MAX_HEAD_BYTES, Framing, HeadError, find_head_end, may_become_head};
 use crate::keys::KeySnapshot;
 use crate::policy::Server;
+use crate::token::VerifiedToken;
 
-use super::outcome::LONG_NS;
+use super::outcome::{Asked, LONG_NS, NoGrant, retry_after_secs};
 use super::punted::{Body, Punted, Stage};
+use super::refuse::Refusal;
 use super::{Engine, EngineError, FLOWS_MAX, HEAD_TIMEOUT_NS, KeyRequest, PARKED_MAX_BYTES};
 
 impl Engine {
@@ -78,6 +82,8 @@ impl Engine {
                 epoch: header.epoch,
                 endpoint_id: header.endpoint_id,
                 netns_cookie: header.netns_cookie,
+                origin: header.origin,
+                limited: (header.flags & PUNT_LIMITED != 0).then(|| punt_retry_step(header.flags)),
                 received_bytes: 0,
                 parked: Vec::new(),
                 scanned: 0,
@@ -135,30 +141,51 @@ impl Engine {
         };
         let (bytes, end) = parked;
         let (head_bytes, rest) = bytes.split_at(end);
-        let endpoint_id = flow.endpoint_id;
+        let (endpoint_id, origin, limited) = (flow.endpoint_id, flow.origin, flow.limited.take());
         let endpoint = self.endpoints.0.get(&endpoint_id).ok_or(EngineError::EndpointRemoved)?;
-        let servers: Vec<&Server> = endpoint.servers.iter().map(|(_, server)| server.as_ref()).collect();
-        let server_id = |index: usize| endpoint.servers.get(index).map(|(id, _)| *id);
+        let served = endpoint.servers.clone();
+        let servers: Vec<&Server> = served.iter().map(|(_, server)| server.as_ref()).collect();
+        let server_id = |index: usize| served.get(index).map(|(id, _)| *id);
+        let caller = datapath.caller(cookie);
         let verifier = KeyedVerifier {
             keys,
             revocations: self.revoked.list(),
             fingerprinter: &self.secrets.fingerprint,
+            workload: caller.view().name_hashes(),
             now_unix_secs: now.unix_secs,
         };
         let options = Options { key_lookup, ..Options::default() };
-        match authz::decide(head_bytes, &servers, &verifier, &options) {
-            Decision::Allow { server_index, verified, token, framing, cacheable, .. } => {
-                let (server_id, server) =
-                    endpoint.servers.get(server_index).ok_or(EngineError::RecordLost)?.clone();
-                let ask = GrantFor {
+        let decision = match limited {
+            Some(step) => authz::over_limit(head_bytes, retry_after_secs(step), &options),
+            None => authz::decide(head_bytes, &servers, &verifier, &caller.view(), &options),
+        };
+        match decision {
+            Decision::Allow { server_index, verified, token, framing, cacheable, first_use, .. } => {
+                let (server_id, server) = served.get(server_index).ok_or(EngineError::RecordLost)?.clone();
+                let asked = Asked {
                     token: &verified,
                     fingerprint: self.secrets.fingerprint.fingerprint(token.as_bytes()),
                     server_id,
-                    server: &server.name,
-                    generation: self.generation,
+                    server: &server,
+                    caller: &caller,
+                    first_use,
+                    head_bytes,
+                    framing,
+                    cacheable,
                 };
-                match self.allow(cookie, head_bytes, ask, framing, cacheable, now, datapath) {
+                match self.allow(cookie, &asked, now, datapath) {
                     Ok(serial) => self.pass(cookie, server_id, serial, head_bytes, rest, framing, datapath),
+                    Err(NoGrant::Limited(wait_ns)) => {
+                        let secs = retry_after_secs(retry_step(wait_ns));
+                        match authz::over_limit::<VerifiedToken>(head_bytes, secs, &options) {
+                            Decision::Answer { answer, framing, .. } => {
+                                let refusal =
+                                    Refusal { server: Some(&server.name), ..Refusal::of(&answer, framing) };
+                                self.refuse(cookie, (head_bytes, rest), refusal, &caller, now, datapath)
+                            }
+                            _ => Err(EngineError::NotHttp),
+                        }
+                    }
                     Err(why) => self.no_grant(cookie, &server, framing, why, datapath),
                 }
             }
@@ -166,42 +193,20 @@ impl Engine {
                 let server_id = server_id(server_index).ok_or(EngineError::RecordLost)?;
                 if cacheable {
                     let verdict = (VERDICT_PUBLIC, 0, 0, now.boot_ns + LONG_NS, server_id);
-                    self.write_verdict(head_bytes, endpoint_id, framing, verdict, datapath);
+                    self.write_verdict(head_bytes, &origin, framing, verdict, datapath);
                 }
                 self.pass(cookie, server_id, 0, head_bytes, rest, framing, datapath)
             }
-            Decision::Answer { server_index, answer, framing, cache } => {
-                let server_id = server_index.and_then(server_id);
-                let server =
-                    server_index.and_then(|index| servers.get(index)).map(|server| server.name.as_str());
-                let observed = self.flows.get(&cookie).is_some_and(|flow| flow.observed);
-                let (status, reason) = (answer.status, answer.reason);
-                if status < 400 {
-                    debug!(status, reason, server, "answered");
-                } else if self.log.admit() {
-                    info!(status, reason, server, peer = datapath.peer(cookie), observed, "refused");
-                }
-                datapath.count(answer.reason);
-                self.remember_refusal(
-                    head_bytes,
-                    endpoint_id,
-                    framing,
-                    &answer,
+            Decision::Answer { server_index, answer, framing, cache, misplaced } => {
+                let server = server_index.and_then(|index| servers.get(index));
+                let refusal = Refusal {
+                    server_id: server_index.and_then(server_id),
+                    server: server.map(|server| server.name.as_str()),
                     cache,
-                    server_id,
-                    now,
-                    datapath,
-                );
-                self.answer(cookie, &answer, framing, datapath)?;
-                let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
-                match flow.stage {
-                    Stage::Done { .. } if !rest.is_empty() => Err(EngineError::Pipelined),
-                    // The answer has only just been sent, so bytes behind the body are a request that did not wait for it.
-                    _ => match flow.discard(rest)? {
-                        Some(_) => Err(EngineError::Pipelined),
-                        None => Ok(()),
-                    },
-                }
+                    misplaced: misplaced.as_ref(),
+                    ..Refusal::of(&answer, framing)
+                };
+                self.refuse(cookie, (head_bytes, rest), refusal, &caller, now, datapath)
             }
             Decision::NeedKey { issuer, kid, .. } => {
                 let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;

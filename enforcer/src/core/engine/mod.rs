@@ -6,12 +6,13 @@ mod error;
 mod log_limit;
 mod outcome;
 mod punted;
+mod refuse;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use enforcer_common::abi::{
-    Counter, Ends, FLOW_OBSERVE, Flow, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA, PUNT_DEAD, PUNT_FENCED,
-    PUNT_OBSERVED, PUNT_STRAY, PuntHeader,
+    Caller, Counter, Ends, FLOW_OBSERVE, Flow, Origin, PUNT_BARRED, PUNT_CHUNK_BYTES, PUNT_CLOSED, PUNT_DATA,
+    PUNT_DEAD, PUNT_FENCED, PUNT_OBSERVED, PUNT_STRAY, PuntHeader,
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::flow::{Ctl, State};
@@ -21,8 +22,9 @@ use crate::authz::KeyLookup;
 use crate::keys::KeySnapshot;
 use crate::policy::Mode;
 use crate::token::Fingerprinter;
+use crate::workload::comm;
 
-use super::{Datapath, Endpoints, GrantTable, HandBack, Now, ReplyTable, Revoked, Sweeper};
+use super::{BucketTable, Datapath, Endpoints, GrantTable, HandBack, Now, ReplyTable, Revoked, Sweeper};
 
 pub use error::EngineError;
 use log_limit::LogLimit;
@@ -101,6 +103,7 @@ pub struct Engine {
     pub(super) generation: u64,
     secrets: Secrets,
     pub(super) grants: GrantTable,
+    pub(super) buckets: BucketTable,
     pub(super) sweeper: Sweeper,
     revoked: Revoked,
     replies: ReplyTable,
@@ -130,6 +133,7 @@ impl Engine {
             generation,
             secrets,
             grants: GrantTable::new(first_serial),
+            buckets: BucketTable::new(first_serial),
             sweeper: Sweeper::default(),
             revoked: Revoked::default(),
             replies: ReplyTable::default(),
@@ -151,6 +155,11 @@ impl Engine {
     /// The grants, for those that an earlier daemon gave.
     pub fn grants(&mut self) -> &mut GrantTable {
         &mut self.grants
+    }
+
+    /// The buckets of limits, for those that an earlier daemon began.
+    pub fn buckets(&mut self) -> &mut BucketTable {
+        &mut self.buckets
     }
 
     /// Takes the keys that are asked for.
@@ -209,7 +218,7 @@ impl Engine {
                 datapath.destroy(header.cookie, header.netns_cookie, 0);
             }
             PUNT_STRAY => {
-                let Some(ends) = ends(bytes) else { return };
+                let Some(ends) = payload::<Ends>(bytes) else { return };
                 datapath.count("unguarded-connection");
                 if self.log.admit() {
                     info!(
@@ -218,6 +227,17 @@ impl Engine {
                     );
                 }
                 datapath.destroy_stray(header.cookie, header.netns_cookie, header.interface, ends);
+            }
+            PUNT_BARRED => {
+                datapath.count("connect-refused");
+                let Some(caller) = payload::<Caller>(bytes) else { return };
+                let origin = Origin::new(header.endpoint_id, &Endpoints::NOWHERE, &caller);
+                let workload = datapath.holder(&origin).view().workload_name();
+                if self.log.admit() {
+                    let servers = self.endpoints.names(header.endpoint_id);
+                    let (pid, uid, comm) = (caller.pid, caller.uid, comm(&caller));
+                    warn!(workload, servers, pid, uid, comm, "a process that may not connect was not let");
+                }
             }
             PUNT_FENCED => {
                 warn!(cookie = header.cookie, "a connection could not be guarded and was cut off (MPTCP?)");
@@ -303,6 +323,7 @@ impl Engine {
         self.log.refill();
         if now.boot_ns >= self.next_sweep_ns {
             self.next_sweep_ns = now.boot_ns + SWEEP_NS;
+            self.look_at_buckets(now, datapath);
             let gone: Vec<u64> =
                 self.flows.keys().copied().filter(|cookie| !datapath.flow_exists(*cookie)).collect();
             gone.into_iter().for_each(|cookie| self.forget(cookie));
@@ -321,6 +342,29 @@ impl Engine {
             self.sweeper.wake(now);
         }
         changed
+    }
+
+    /// Frees buckets if they are getting short, and corrects the places in them.
+    fn look_at_buckets<D: Datapath>(&mut self, now: Now, datapath: &mut D) {
+        if self.buckets.is_empty() {
+            return;
+        }
+        if self.buckets.is_short() {
+            self.buckets.free(&self.grants.buckets(), now, datapath);
+        }
+        let mut taken = HashMap::new();
+        let mut seen = BTreeSet::new();
+        let all = datapath.flows(&mut |cookie, flow| {
+            if seen.insert(cookie) {
+                for index in flow.buckets.iter().take_while(|index| **index != 0) {
+                    *taken.entry(*index).or_insert(0_u64) += 1;
+                }
+            }
+        });
+        match all {
+            Ok(()) => self.buckets.settle_places(&taken, datapath),
+            Err(error) => warn!(%error, "not all flows could be looked through for places in limits"),
+        }
     }
 
     /// Keeps the parked bytes of all flows bounded: the oldest unfinished heads give way, so that clients which never finish theirs
@@ -392,13 +436,17 @@ impl Engine {
     }
 }
 
-/// The ends of a socket, from a record's payload.
-fn ends(bytes: &[u8]) -> Option<Ends> {
-    if bytes.len() < size_of::<Ends>() {
+/// What follows an event.
+trait Payload: Copy {}
+impl Payload for Ends {}
+impl Payload for Caller {}
+
+fn payload<T: Payload>(bytes: &[u8]) -> Option<T> {
+    if bytes.len() < size_of::<T>() {
         return None;
     }
     // SAFETY: `repr(C)`, integers only, and the slice is long enough.
-    Some(unsafe { bytes.as_ptr().cast::<Ends>().read_unaligned() })
+    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
 impl HandBack {

@@ -1,6 +1,6 @@
 //! One connection that the daemon has in its hands.
 
-use enforcer_common::abi::{PUNT_UNANSWERED, PuntHeader};
+use enforcer_common::abi::{Origin, PUNT_UNANSWERED, PuntHeader};
 use enforcer_common::chunked::Chunked;
 use enforcer_common::flow::{Ctl, State};
 
@@ -64,6 +64,10 @@ pub(super) struct Punted {
     pub(super) epoch: u32,
     pub(super) endpoint_id: u32,
     pub(super) netns_cookie: u64,
+    /// Where it comes from.
+    pub(super) origin: Origin,
+    /// The request whose head is awaited is over a limit: step of `RETRY_AFTER_SECS`.
+    pub(super) limited: Option<u32>,
     /// Bytes given to us in this epoch.
     pub(super) received_bytes: u64,
     /// Bytes that wait for a decision: the head, and what came with it.
@@ -149,6 +153,7 @@ impl Punted {
     pub(super) fn next_request(&mut self, header: &PuntHeader, now: Now) {
         let silent = !std::mem::take(&mut self.skipping) && header.write_seq == self.write_seq_mark;
         self.stage = Stage::Head;
+        self.limited = None;
         self.pipelined |= silent || header.flags & PUNT_UNANSWERED != 0;
         self.unanswered = self.pipelined;
         self.write_seq_mark = self.last_write_seq;

@@ -4,13 +4,14 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use enforcer_common::abi::{
-    Ends, FLOW_PIPELINED, Flow, Grant, GrantLabel, Handed, HeadDigest, Reply, Verdict,
+    Bucket, BucketLabel, Ends, FLOW_PIPELINED, FirstUser, Flow, Grant, GrantLabel, Handed, HeadDigest,
+    NameHash, Origin, Reply, Verdict,
 };
 use enforcer_common::flow::{self, Ctl, CtlWord as _};
 
 use super::kernel::{Answer, COOKIE, Fault, Kernel, Queued, Step, Word};
 use super::search::Choices;
-use crate::core::{Datapath, HandBack};
+use crate::core::{CallerFacts, Datapath, GrantBuckets, HandBack};
 use crate::revocation::Revocations;
 
 /// The daemon's way into the kernel. Before each call that matters anything else may happen.
@@ -136,6 +137,22 @@ impl Datapath for Edge<'_> {
         String::new()
     }
 
+    fn holder(&mut self, _: &Origin) -> CallerFacts {
+        CallerFacts::NOTHING
+    }
+
+    fn first_user(&mut self, _: &NameHash) -> Result<Option<FirstUser>, Self::Error> {
+        Ok(None)
+    }
+
+    fn set_first_user(&mut self, _: &NameHash, _: &FirstUser) -> Result<(), Self::Error> {
+        Err("no binding here")
+    }
+
+    fn caller(&mut self, _: u64) -> CallerFacts {
+        CallerFacts::NOTHING
+    }
+
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), Self::Error> {
         if self.kernel.dying {
             return Err("killed");
@@ -162,6 +179,41 @@ impl Datapath for Edge<'_> {
 
     fn set_grant_label(&mut self, _: u32, _: &GrantLabel) -> Result<(), Self::Error> {
         Ok(())
+    }
+
+    fn bucket(&mut self, _index: u32) -> Result<Bucket, Self::Error> {
+        Err("no limits here")
+    }
+
+    fn begin_bucket(
+        &mut self,
+        _index: u32,
+        _bucket: &Bucket,
+        _label: &BucketLabel,
+    ) -> Result<(), Self::Error> {
+        Err("no limits here")
+    }
+
+    fn limit_bucket(
+        &mut self,
+        _index: u32,
+        _interval_ns: u64,
+        _burst_ns: u64,
+        _max_open: u64,
+    ) -> Result<(), Self::Error> {
+        Err("no limits here")
+    }
+
+    fn end_bucket(&mut self, _index: u32) -> Result<(), Self::Error> {
+        Err("no limits here")
+    }
+
+    fn give_back_places(&mut self, _index: u32, _places: u64) -> Result<(), Self::Error> {
+        Err("no limits here")
+    }
+
+    fn charge(&mut self, _cookie: u64, buckets: &GrantBuckets, _now_ns: u64) -> Result<(), u64> {
+        if buckets[0] == 0 { Ok(()) } else { Err(u64::MAX) }
     }
 
     fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), Self::Error> {

@@ -101,7 +101,9 @@ impl Kernel {
             flow.write_seq_mark = write_seq;
             flow.requests += 1;
         }
-        let Ok((info, digest)) = head::analyze_bytes(bytes, &self.setting.key, 0) else {
+        let Ok((info, digest)) =
+            head::analyze_bytes(bytes, &self.setting.key, &enforcer_common::abi::Origin::NONE)
+        else {
             return self.unknown(request, bytes, unanswered, None);
         };
         let Some(verdict) = self.verdicts.get(&digest) else {

@@ -157,6 +157,10 @@ fn adopted_grants_are_found_and_freed() {
             server_id: grant.server_id,
             server: "",
             generation: GENERATION,
+            caller: Origin::NONE,
+            workload: "",
+            workload_hashes: [[0; 16]; 2],
+            buckets: [0; 8],
         };
         table.grant(ask, now, &mut bench.fake).unwrap()
     };

@@ -60,7 +60,7 @@ fn what_the_new_policy_allows_goes_on_under_its_generation() {
     // The head was judged by the old policy: it has to be judged again, and its token has its grant still.
     bench.punt(request.as_bytes(), 0, 0);
     assert_eq!(bench.last_back().1.grant_serial, before.serial);
-    let (_, digest) = head::analyze_bytes(request.as_bytes(), &bench.key, 0).unwrap();
+    let (_, digest) = head::analyze_bytes(request.as_bytes(), &bench.key, &Origin::NONE).unwrap();
     assert_eq!(bench.fake.verdicts[&digest].generation, NEXT);
     bench.engine.tick(bench.now, &mut bench.fake);
     assert!(bench.fake.destroyed.is_empty());

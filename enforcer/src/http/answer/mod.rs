@@ -199,7 +199,7 @@ pub fn unexpected_body() -> Draft {
     Draft::error(400, "unexpected-body").closing()
 }
 
-/// 429: over a limit; try again in so many seconds.
+/// 429 (RFC 6585, section 4): over a limit; try again in so many seconds.
 pub fn over_limit(reason: &'static str, retry_after_seconds: u32) -> Draft {
     Draft::error(429, reason).header("Retry-After", retry_after_seconds.to_string())
 }
