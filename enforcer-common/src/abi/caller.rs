@@ -148,7 +148,7 @@ pub struct Joining {
 assert_layout!(Joining, 72, [key: JoinKey, caller: Caller]);
 
 /// A workload that may not connect to an endpoint: key of `BARRED`, a hash whose values are the policy generations for which that holds.
-/// Writer and deleter: the daemon. Reader: connect. 65,536 entries; who has no entry connects, and the daemon judges its first request.
+/// Writer and deleter: the daemon. Reader: connect. 16,384 entries; who has no entry connects, and the daemon judges its first request.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Barred {
@@ -162,7 +162,7 @@ pub struct Barred {
 assert_layout!(Barred, 16, [cgroup_id: u64, endpoint_id: u32, zero: u32]);
 
 /// Size of `BARRED`.
-pub const MAX_BARRED: u32 = 65_536;
+pub const MAX_BARRED: u32 = 16_384;
 
 /// Where a connection to the unspecified address goes: to this host itself.
 #[must_use]

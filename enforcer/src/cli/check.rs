@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::exit::{OK, REJECTED};
 use super::output::{Output, print_text, say};
 use crate::policy::{self, PolicyErrors, Warning};
+use crate::workload::unmatched_here;
 
 /// Check a policy file and say what it makes the enforcer check
 ///
@@ -35,6 +36,7 @@ pub(super) fn run(command: &Command, output: Output) -> anyhow::Result<u8> {
                     "valid": true,
                     "policy": policy::effective_json(policy),
                     "warnings": warnings.iter().map(warning).collect::<Vec<_>>(),
+                    "unmatched_workloads": unmatched_here(policy),
                     "errors": [],
                 }),
                 Err(errors) => defects(errors),
@@ -44,6 +46,12 @@ pub(super) fn run(command: &Command, output: Output) -> anyhow::Result<u8> {
         (Output::Table, Ok((policy, warnings))) => {
             for warning in warnings {
                 say(&warning.to_string());
+            }
+            for name in unmatched_here(policy) {
+                say(&format!(
+                    "{}: workload \"{name}\": warning: nothing on this host fits it now",
+                    command.file.display()
+                ));
             }
             print_text(&policy::effective(policy))?;
         }
@@ -77,6 +85,7 @@ fn defects(errors: &PolicyErrors) -> Value {
         "valid": false,
         "policy": null,
         "warnings": [],
+        "unmatched_workloads": [],
         "errors": errors.errors.iter().map(defect).collect::<Vec<_>>(),
         "errors_not_listed": errors.suppressed,
     })

@@ -1,5 +1,7 @@
 //! `enforcer explain`.
 
+mod caller;
+
 use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,13 +30,14 @@ const KEYS_POLL: Duration = Duration::from_millis(10);
 /// Say check by check why a token would or would not pass
 ///
 /// Reads the token from stdin, never from the command line, which other users can see, and never shows it. The checks are
-/// the daemon's own, with keys fetched anew from the server's issuers. It looks at the token alone: Host, Origin and path of
-/// a request are not part of it.
+/// the daemon's own, with keys fetched anew from the server's issuers. Host, Origin and path of a request are not part of it. Who
+/// calls is, if it is named by --workload, --pid or --from; else OUTCOME is `depends` where policy asks for it.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
   enforcer explain --server files < token.txt
   get-token | enforcer explain --policy policy.yaml --server files --output json
+  enforcer explain --server files --workload agent.service < token.txt
 
 Exit code 0 when the token would pass, 4 when it would be refused.")]
 pub(super) struct Command {
@@ -44,6 +47,8 @@ pub(super) struct Command {
     /// Name of the server in the policy
     #[arg(long, value_name = "NAME")]
     server: String,
+    #[command(flatten)]
+    caller: caller::Options,
 }
 
 #[derive(Debug, Serialize)]
@@ -51,6 +56,8 @@ struct Explanation {
     server: String,
     policy: PathBuf,
     would_pass: bool,
+    /// Only if the caller is one that policy asks for, which was not named or can't be known here.
+    depends_on_caller: bool,
     checks: Vec<Row>,
     key_errors: Vec<KeyError>,
 }
@@ -76,7 +83,11 @@ impl Render for Explanation {
         for error in &self.key_errors {
             text.push_str(&format!("keys of issuer \"{}\": {}\n", error.issuer, error.message));
         }
-        let answer = if self.would_pass { "would pass" } else { "would be refused" };
+        let answer = match (self.would_pass, self.depends_on_caller) {
+            (false, _) => "would be refused",
+            (true, false) => "would pass",
+            (true, true) => "would pass, if the caller is the one that policy asks for,",
+        };
         text.push_str(&format!(
             "\nthe token {answer} at server \"{}\" ({})\n",
             self.server,
@@ -96,6 +107,7 @@ pub(super) fn run(command: &Command, global: &Global) -> anyhow::Result<u8> {
             format!("{} has no server `{}`; it has: {}", path.display(), command.server, names.join(", "));
         return Err(failed(FAILURE, message));
     };
+    let caller = command.caller.caller(&policy)?;
     if std::io::stdin().is_terminal() {
         return Err(failed(
             USAGE,
@@ -110,32 +122,47 @@ pub(super) fn run(command: &Command, global: &Global) -> anyhow::Result<u8> {
         say(&format!("enforcer: revocations are not looked at: {error:#}"));
         None
     });
-    let explanation = explain(&token, server, path, &keys, key_errors, revoked.as_ref(), now_unix_secs);
+    let by = By { keys: &keys, revoked: revoked.as_ref(), caller: caller.as_ref(), now_unix_secs };
+    let explanation = explain(&token, server, path, &by, key_errors);
     print(global.output, &explanation)?;
     Ok(if explanation.would_pass { OK } else { REJECTED })
+}
+
+/// What a token is judged by, besides the policy.
+struct By<'a> {
+    keys: &'a KeySnapshot,
+    revoked: Option<&'a Revoked>,
+    caller: Option<&'a caller::Caller>,
+    now_unix_secs: u64,
 }
 
 fn explain(
     token: &str,
     server: &Server,
     policy: PathBuf,
-    keys: &KeySnapshot,
+    by: &By<'_>,
     key_errors: Vec<KeyError>,
-    revoked: Option<&Revoked>,
-    now_unix_secs: u64,
 ) -> Explanation {
-    let (mut checks, verified) = token::explain(token, server, keys, now_unix_secs);
-    checks.extend(revoked.map(|revoked| revoked.check(token, verified.as_ref(), server, now_unix_secs)));
+    let (checks, verified) = token::explain(token, server, by.keys, by.now_unix_secs);
+    let revocation = by.revoked.map(|list| list.check(token, verified.as_ref(), server, by.now_unix_secs));
+    let mut rows = vec![caller::may_call(server, by.caller)];
+    rows.extend(checks.into_iter().map(Row::from));
+    rows.extend(caller::may_present(server, verified.as_ref(), by.caller));
+    rows.extend(revocation.map(Row::from));
     Explanation {
         server: server.name.clone(),
         policy,
         // Skipped checks follow from a failed one; asked for all the same, as a pass must be earned.
-        would_pass: checks.iter().all(|check| check.outcome == Outcome::Pass),
-        checks: checks
-            .into_iter()
-            .map(|check| Row { name: check.name, outcome: outcome(check.outcome), detail: check.detail })
-            .collect(),
+        would_pass: rows.iter().all(|row| matches!(row.outcome, "pass" | "depends")),
+        depends_on_caller: rows.iter().any(|row| row.outcome == "depends"),
+        checks: rows,
         key_errors,
+    }
+}
+
+impl From<Check> for Row {
+    fn from(check: Check) -> Self {
+        Self { name: check.name, outcome: outcome(check.outcome), detail: check.detail }
     }
 }
 

@@ -46,11 +46,12 @@ fn a_token_is_explained_with_keys_from_the_issuer_and_not_shown() {
         .to_string()
     };
     let good = key.mint_raw(Algorithm::ES256, &header, &claims(RESOURCE));
-    let shown = explain(&good, &server, "p.yaml".into(), &keys, Vec::new(), None, testing::NOW);
+    let by = By { keys: &keys, revoked: None, caller: None, now_unix_secs: testing::NOW };
+    let shown = explain(&good, &server, "p.yaml".into(), &by, Vec::new());
     assert!(shown.would_pass, "{}", shown.text());
 
     let other = key.mint_raw(Algorithm::ES256, &header, &claims("https://other.example.com/mcp"));
-    let shown = explain(&other, &server, "p.yaml".into(), &keys, Vec::new(), None, testing::NOW);
+    let shown = explain(&other, &server, "p.yaml".into(), &by, Vec::new());
     assert!(!shown.would_pass);
     let text = shown.text();
     let fails: Vec<_> = text.lines().filter(|line| line.starts_with("fail")).collect();

@@ -45,6 +45,8 @@ pub(super) struct Fake {
     pub(super) buckets: BTreeMap<u32, (Bucket, BucketLabel)>,
     holders: BTreeMap<Origin, CallerFacts>,
     first_users: BTreeMap<NameHash, FirstUser>,
+    /// First users can't be remembered.
+    no_first_users: bool,
     flows: BTreeMap<u64, Flow>,
     counts: Vec<&'static str>,
     /// Bytes can't be injected.
@@ -153,7 +155,7 @@ impl Datapath for Fake {
     }
 
     fn set_first_user(&mut self, key: &NameHash, user: &FirstUser) -> Result<(), Self::Error> {
-        if self.no_grants {
+        if self.no_first_users {
             return Err("full");
         }
         self.first_users.insert(*key, *user);
@@ -252,6 +254,7 @@ struct Bench {
     now: Now,
     offset_bytes: u64,
     epoch: u32,
+    origin: Origin,
 }
 
 impl Bench {
@@ -280,6 +283,7 @@ impl Bench {
             now: Now { boot_ns: 1_000_000_000_000, unix_secs: NOW, unix_subsec_ns: 0 },
             offset_bytes: 0,
             epoch: EPOCH,
+            origin: Origin::NONE,
         }
     }
 
@@ -308,7 +312,7 @@ impl Bench {
             reason: 0,
             write_seq: 0,
             interface: 0,
-            origin: Origin::NONE,
+            origin: self.origin,
         };
         self.offset_bytes += bytes.len() as u64;
         self.engine.record(&header, bytes, self.now, &self.keys, &mut self.fake);

@@ -1,12 +1,13 @@
 //! The effective policy in plain words: every check, also those that no file can turn off.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::sharing::METADATA_PREFIX;
 use super::{
-    BindTo, Dimension, Issuer, KeySource, Limit, Listen, Mode, Policy, Server, WorkloadRule, duration,
+    BindRule, BindTo, Dimension, Issuer, KeySource, Limit, Listen, Mode, Policy, Server, WorkloadRule,
+    duration,
 };
 
 /// What `policy` makes the enforcer check, for each server, in plain words. Stable for equal policies.
@@ -128,24 +129,25 @@ fn describe_binding(out: &mut Text, server: &Server) {
         return;
     }
     out.item("binding", ["every rule that is about a token must hold; an unknown caller fails; else 401:"]);
-    for rule in &server.bind {
-        let parts = [("issuer", &rule.issuer), ("subject", &rule.subject), ("client", &rule.client_id)];
+    out.item("", server.bind.iter().map(|rule| format!("  {rule}")));
+}
+
+/// Which tokens, and from where they are good.
+impl fmt::Display for BindRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [("issuer", &self.issuer), ("subject", &self.subject), ("client", &self.client_id)];
         let about: Vec<_> =
             parts.iter().filter_map(|(what, value)| Some(format!("{what} {:?}", value.as_ref()?))).collect();
-        let about = if about.is_empty() { "every token".to_owned() } else { about.join(", ") };
-        let to = match &rule.to {
-            BindTo::Workloads(workloads) => format!("only from: {}", names(workloads)),
-            BindTo::KubernetesPod => {
-                "only from the pod that the token names (kubernetes.io.pod.uid)".to_owned()
-            }
+        f.write_str(if about.is_empty() { "every token" } else { "" })?;
+        write!(f, "{}: only from ", about.join(", "))?;
+        match &self.to {
+            BindTo::Workloads(workloads) => write!(f, "{}", names(workloads)),
+            BindTo::KubernetesPod => f.write_str("the pod that the token names (kubernetes.io.pod.uid)"),
             BindTo::SpiffeId(workloads) => {
-                format!("only from the workload with its `sub` as SPIFFE id, of: {}", names(workloads))
+                write!(f, "the workload with its `sub` as SPIFFE id, of {}", names(workloads))
             }
-            BindTo::FirstUse => {
-                "only from the workload that presents the first token of its principal".to_owned()
-            }
-        };
-        out.item("", [format!("  {about}: {to}")]);
+            BindTo::FirstUse => f.write_str("the workload that presents the first token of its principal"),
+        }
     }
 }
 

@@ -23,6 +23,12 @@ impl CgroupGlob {
         (below.is_empty() || below.split('/').all(good)).then(|| Self(text.to_owned()))
     }
 
+    /// A path that it fits.
+    #[must_use]
+    pub fn example(&self) -> String {
+        self.0.replace("**", "x").replace('*', "x")
+    }
+
     /// Whether it fits a path.
     #[must_use]
     pub fn matches(&self, path: &str) -> bool {
@@ -91,6 +97,12 @@ impl Network {
         (!mapped && network.trunc() == network).then_some(Self(network))
     }
 
+    /// Its first address.
+    #[must_use]
+    pub fn first(&self) -> IpAddr {
+        self.0.addr()
+    }
+
     /// Whether the address lies in it; an IPv4-mapped one counts as IPv4.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
@@ -142,6 +154,7 @@ mod tests {
             ("/a?[b]", vec!["/a?[b]"], vec!["/axb", "/a?b"]),
             ("/w\\x2dx", vec!["/w\\x2dx"], vec!["/w-x"]),
         ] {
+            assert!(glob(pattern).matches(&glob(pattern).example()), "{pattern}");
             for path in fits {
                 assert!(glob(pattern).matches(path), "{pattern} {path}");
             }

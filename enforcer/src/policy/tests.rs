@@ -390,8 +390,8 @@ fn workloads_bindings_and_limits_reach_the_servers_that_they_are_for() {
     let text = effective(&policy);
     for needle in [
         "one of: agents, office; any other: 403",
-        "  subject \"agent\": only from: agents\n",
-        "  issuer \"corp\", client \"builder\": only from the workload with its `sub` as SPIFFE id, of: builder\n",
+        "  subject \"agent\": only from agents\n",
+        "  issuer \"corp\", client \"builder\": only from the workload with its `sub` as SPIFFE id, of builder\n",
         "only from the pod that the token names",
         "prefix, per source (IPv4 /24, IPv6 /56): 5/s, 5 at once, 10 open streams; beyond: 429",
         "workload \"agents\": all of\n  unit            agent.service or agent@1.service\n  uid             998 or 999\n",

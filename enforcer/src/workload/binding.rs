@@ -71,7 +71,8 @@ pub fn callers_allow(server: &Server, caller: &CallerView<'_>) -> bool {
     server.callers.as_ref().is_none_or(|rules| rules.iter().any(|rule| rule.matches(caller)))
 }
 
-fn is_about(rule: &BindRule, token: &VerifiedToken) -> bool {
+/// Whether a rule says something about a token.
+pub(crate) fn is_about(rule: &BindRule, token: &VerifiedToken) -> bool {
     let BindRule { issuer, subject, client_id, to: _ } = rule;
     issuer.as_ref().is_none_or(|name| *name == token.issuer.name)
         && subject.as_ref().is_none_or(|subject| *subject == token.subject)

@@ -60,21 +60,23 @@ impl WorkloadRule {
     /// callers that are unknown, and only networks and users those whose cgroup is gone. SPIFFE ids are no selector.
     #[must_use]
     pub fn matches(&self, caller: &CallerView<'_>) -> bool {
-        // Named one by one: who adds a selector has to say how it fits.
-        let Self { name: _, units, containers, labels, pods, cgroups, uids, networks, spiffe_ids: _ } = self;
-        if !self.has_selector() {
-            return false;
-        }
-        if !networks.is_empty() && !networks.iter().any(|network| network.contains(caller.address)) {
+        let in_network = |address| self.networks.iter().any(|network| network.contains(address));
+        if !self.has_selector() || !(self.networks.is_empty() || in_network(caller.address)) {
             return false;
         }
         if !self.needs_known_caller() {
             return true;
         }
         let Some(workload) = caller.workload else { return false };
-        if !uids.is_empty() && !uids.contains(&caller.uid) {
-            return false;
-        }
+        (self.uids.is_empty() || self.uids.contains(&caller.uid)) && self.fits_cgroup(workload)
+    }
+
+    /// Whether those selectors fit that look at the caller's cgroup, if there are any.
+    #[must_use]
+    pub fn fits_cgroup(&self, workload: &Workload) -> bool {
+        // Named one by one: who adds a selector has to say how it fits.
+        let Self { name: _, units, containers, labels, pods, cgroups, uids: _, networks: _, spiffe_ids: _ } =
+            self;
         if !self.needs_path() {
             return true;
         }

@@ -5,14 +5,18 @@ mod binding;
 mod binding_tests;
 mod caller;
 mod identity;
+mod labels;
 mod tree;
+mod unmatched;
 
+pub(crate) use binding::is_about;
 pub use binding::{BindFault, Bound, bind, callers_allow};
 pub use caller::CallerView;
 pub use identity::Identity;
 pub(crate) use identity::{is_container_id, is_pod_uid, is_unit};
 pub use tree::Workloads;
 pub(crate) use tree::cgroups;
+pub use unmatched::unmatched_here;
 
 use std::collections::BTreeMap;
 

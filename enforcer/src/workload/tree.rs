@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use enforcer_common::abi::Caller;
 
 use super::Workload;
+use super::labels::{self, Labels};
 
 /// How many cgroups are looked at in one walk, at most.
 const MAX_CGROUPS: usize = 8_192;
@@ -41,7 +42,11 @@ pub(crate) fn cgroups(root: &Path) -> impl Iterator<Item = (u64, PathBuf)> + use
 #[derive(Debug)]
 pub struct Workloads {
     root: PathBuf,
+    /// Root of the file system in which container runtimes describe their containers.
+    host_root: PathBuf,
     known: HashMap<u64, Arc<Workload>>,
+    /// Of containers, by id: one may have many cgroups, and make more.
+    labels: HashMap<String, Labels>,
     /// What the last walk found.
     paths: HashMap<u64, PathBuf>,
     next_walk: Option<Instant>,
@@ -51,7 +56,64 @@ impl Workloads {
     /// For the hierarchy that is mounted at `root`.
     #[must_use]
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), known: HashMap::new(), paths: HashMap::new(), next_walk: None }
+        Self {
+            root: root.into(),
+            host_root: PathBuf::from("/"),
+            known: HashMap::new(),
+            labels: HashMap::new(),
+            paths: HashMap::new(),
+            next_walk: None,
+        }
+    }
+
+    /// Container runtimes are those of the host whose root is here.
+    #[must_use]
+    pub fn with_host_root(self, host_root: impl Into<PathBuf>) -> Self {
+        Self { host_root: host_root.into(), ..self }
+    }
+
+    /// The workloads of all cgroups that there are, those around others before them. `None`: there are too many to look at.
+    #[must_use]
+    pub fn all(&mut self) -> Option<Vec<Workload>> {
+        let mut found: Vec<_> = cgroups(&self.root).take(MAX_CGROUPS + 1).collect();
+        if found.len() > MAX_CGROUPS {
+            return None;
+        }
+        found.sort_by(|(_, a), (_, b)| a.cmp(b));
+        let read = |(id, path): (u64, PathBuf)| {
+            let path = self.below_root(&path);
+            self.read(id, Some(path))
+        };
+        Some(found.into_iter().map(read).collect())
+    }
+
+    /// The workload that a process is in now.
+    ///
+    /// # Errors
+    /// The process is gone, or its cgroup can't be seen from here.
+    pub fn of_process(&mut self, pid: u32) -> std::io::Result<Workload> {
+        let path = path_of(pid)?;
+        let cgroup_id = self.id_of(&path)?;
+        Ok(self.read(cgroup_id, Some(path)))
+    }
+
+    fn read(&mut self, cgroup_id: u64, path: Option<String>) -> Workload {
+        let workload = Workload::of(cgroup_id, path);
+        let Some(container) = &workload.identity.container_id else { return workload };
+        if self.labels.len() >= MAX_KNOWN {
+            self.labels.clear();
+        }
+        let read = || labels::of(&self.host_root, &workload.identity);
+        let labels = self.labels.entry(container.clone()).or_insert_with(read).clone();
+        Workload { labels, ..workload }
+    }
+
+    fn below_root(&self, directory: &Path) -> String {
+        format!("/{}", directory.strip_prefix(&self.root).unwrap_or(directory).display())
+    }
+
+    fn id_of(&self, path: &str) -> std::io::Result<u64> {
+        Ok(fs::metadata(self.root.join(path.trim_start_matches('/')))?.ino())
     }
 
     /// The workload of a caller; `None`: the caller is unknown. Looks where the process says that it is, which costs two system calls,
@@ -70,8 +132,7 @@ impl Workloads {
         let walked = self.walk();
         match self.paths.get(&id) {
             Some(path) => {
-                let below = path.strip_prefix(&self.root).unwrap_or(path).display();
-                let path = format!("/{below}");
+                let path = self.below_root(path);
                 Some(self.remember(id, Some(path)))
             }
             // It is gone for good, or was never in sight.
@@ -84,21 +145,15 @@ impl Workloads {
         if self.known.len() >= MAX_KNOWN {
             self.known.clear();
         }
-        let workload = Arc::new(Workload::of(cgroup_id, path));
+        let workload = Arc::new(self.read(cgroup_id, path));
         self.known.insert(cgroup_id, Arc::clone(&workload));
         workload
     }
 
     /// The process may have ended, and another have its number, or it may have gone elsewhere since: then the directory is another one.
     fn path_of_process(&self, caller: &Caller) -> Option<String> {
-        let table = fs::read_to_string(format!("/proc/{}/cgroup", caller.pid)).ok()?;
-        let path = table.lines().find_map(|line| line.strip_prefix("0::"))?;
-        // Outside of what is mounted here.
-        if path.split('/').any(|name| name == "..") {
-            return None;
-        }
-        let metadata = fs::metadata(self.root.join(path.trim_start_matches('/'))).ok()?;
-        (metadata.ino() == caller.cgroup_id).then(|| path.to_owned())
+        let path = path_of(caller.pid).ok()?;
+        (self.id_of(&path).ok()? == caller.cgroup_id).then_some(path)
     }
 
     /// Looks through the hierarchy, unless that was just done: whether it did.
@@ -112,6 +167,16 @@ impl Workloads {
         self.next_walk = Some(end + ((end - begin) * WALK_SHARE).max(MIN_INTERVAL));
         true
     }
+}
+
+/// The path of a process's cgroup.
+fn path_of(pid: u32) -> std::io::Result<String> {
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = table.lines().find_map(|line| line.strip_prefix("0::"));
+    // Outside of what is mounted here.
+    let path = path.filter(|path| path.split('/').all(|name| name != ".."));
+    path.map(str::to_owned)
+        .ok_or_else(|| std::io::Error::other("it is in no cgroup that can be seen from here"))
 }
 
 #[cfg(test)]
@@ -166,5 +231,38 @@ mod tests {
         assert_eq!(workloads.of_caller(&caller(id, 0)).unwrap().source(), "gone");
         workloads.next_walk = None;
         assert_eq!(workloads.of_caller(&caller(id, 0)).unwrap().name(), "/late");
+    }
+
+    #[test]
+    fn a_container_has_the_labels_that_its_runtime_wrote() {
+        const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+        let (root, host) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let inner = root.path().join("docker").join(ID).join("inner");
+        fs::create_dir_all(&inner).unwrap();
+        let described = host.path().join("var/lib/docker/containers").join(ID);
+        fs::create_dir_all(&described).unwrap();
+        let text = r#"{"Config": {"Labels": {"app": "agent"}}}"#;
+        fs::write(described.join("config.v2.json"), text).unwrap();
+        let mut workloads = Workloads::new(root.path()).with_host_root(host.path());
+        let id = fs::metadata(&inner).unwrap().ino();
+        let found = workloads.of_caller(&caller(id, 0)).unwrap();
+        assert_eq!(found.labels.get("app").map(String::as_str), Some("agent"));
+        // Remembered with the workload, and for other cgroups of the container.
+        fs::remove_dir_all(host.path().join("var")).unwrap();
+        assert_eq!(workloads.of_caller(&caller(id, 0)), Some(Arc::clone(&found)));
+        let outer = fs::metadata(inner.parent().unwrap()).unwrap().ino();
+        assert_eq!(workloads.of_caller(&caller(outer, 0)).unwrap().labels, found.labels);
+        let all = workloads.all().unwrap();
+        let paths: Vec<_> = all.iter().filter_map(|workload| workload.cgroup_path.clone()).collect();
+        let container = format!("/docker/{ID}");
+        assert_eq!(paths, ["/", "/docker", &container, &format!("{container}/inner")]);
+    }
+
+    #[test]
+    fn a_process_is_where_it_is() {
+        let Ok(root) = crate::lifecycle::paths::cgroup2_root() else { return };
+        let own = Workloads::new(root).of_process(std::process::id()).unwrap();
+        assert!(own.cgroup_path.is_some() && own.cgroup_id != 0);
+        assert!(Workloads::new("/nonexistent").of_process(u32::MAX).is_err());
     }
 }

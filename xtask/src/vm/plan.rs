@@ -35,6 +35,13 @@ pub(super) const TESTS: &[(&str, &[&str])] = &[
     ),
     ("e2e_families", &["ipv6", "ipv4_clients_of_a_dual_stack_listener"]),
     ("e2e_callers", &["by_cgroup_process_and_user_over_ipv4", "with_data_in_the_syn"]),
+    (
+        "e2e_binding",
+        &[
+            "a_bound_token_is_refused_from_another_workload_over_ipv4",
+            "only_callers_of_the_server_may_connect",
+        ],
+    ),
     ("e2e_crash", &["after_kill_9_known_heads_go_on_and_unknown_ones_get_503"]),
     (
         "e2e_adopt",

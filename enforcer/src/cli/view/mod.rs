@@ -24,7 +24,7 @@ use super::{Global, live};
 use crate::datapath::{LiveError, map_memory};
 use crate::lifecycle::unguarded::find;
 use crate::lifecycle::{Usage, lock, paths};
-use crate::workload::{Workload, Workloads, user_name};
+use crate::workload::{Workload, Workloads, unmatched_here, user_name};
 
 pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
     let pins = global.pins();
@@ -48,6 +48,7 @@ pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
         revocations: live.revocations()?.len(),
         memory: map_memory(&pins)?,
         unguarded: unguarded::Summary::of(find(&pins)),
+        unmatched_workloads: unmatched_workloads(global),
         process: lock
             .as_ref()
             .filter(|lock| lock.held)
@@ -55,6 +56,14 @@ pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
     };
     print(global.output, &status::Status::of(place, lock, &config, used, live::now_ns()))?;
     Ok(OK)
+}
+
+/// Of the policy that the daemon recorded last; none if there is none that can be read.
+fn unmatched_workloads(global: &Global) -> Vec<String> {
+    let recorded = global.state().read_policy().ok().flatten();
+    let policy = recorded.and_then(|recorded| recorded.policy.compile().ok());
+    policy
+        .map_or_else(Vec::new, |(policy, _)| unmatched_here(&policy).into_iter().map(str::to_owned).collect())
 }
 
 pub(super) fn servers(global: &Global) -> anyhow::Result<u8> {

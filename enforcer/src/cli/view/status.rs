@@ -34,6 +34,8 @@ pub(super) struct Used {
     /// What the daemon's process holds, if it lives and may be looked at.
     pub(super) process: Option<Usage>,
     pub(super) unguarded: Summary,
+    /// Workloads of the policy that nobody on this host is now.
+    pub(super) unmatched_workloads: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -111,6 +113,8 @@ struct Loaded {
     maps: BTreeMap<&'static str, u64>,
     /// What is at protected endpoints and not guarded.
     unguarded: Summary,
+    /// Workloads of the policy that nobody on this host is now.
+    unmatched_workloads: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -187,6 +191,7 @@ impl Status {
                 revocations: Table { used: used.revocations, capacity: MAX_REVOCATIONS },
                 maps_bytes: used.memory.iter().map(|map| map.bytes).sum(),
                 unguarded: used.unguarded,
+                unmatched_workloads: used.unmatched_workloads,
                 maps: used.memory.into_iter().map(|map| (map.name, map.bytes)).collect(),
             }),
         }
@@ -254,6 +259,10 @@ impl Render for Status {
                 ("maps", format!("{} of kernel memory", mebibytes(loaded.maps_bytes))),
             ]);
             rows.extend(loaded.unguarded.text().map(|text| ("NOT GUARDED", text)));
+            if !loaded.unmatched_workloads.is_empty() {
+                let names = loaded.unmatched_workloads.join(", ");
+                rows.push(("NOT HERE", format!("workloads that nothing on this host fits now: {names}")));
+            }
         }
         let link = if self.link_pinned { "attached" } else { "not attached" };
         rows.push(("pins", format!("{} ({link})", self.pin_directory.display())));
@@ -301,7 +310,17 @@ mod tests {
             descriptors_max: 1024,
         };
         let unguarded = Summary::of(Ok(Unguarded::default()));
-        Used { flows: 3, verdicts: 2, grants: 1, revocations: 4, memory, process: Some(process), unguarded }
+        let (process, unmatched_workloads) = (Some(process), Vec::new());
+        Used {
+            flows: 3,
+            verdicts: 2,
+            grants: 1,
+            revocations: 4,
+            memory,
+            process,
+            unguarded,
+            unmatched_workloads,
+        }
     }
 
     fn place(link_pinned: bool) -> Place {
@@ -341,6 +360,19 @@ mod tests {
         assert_eq!(json["loaded"]["maps_bytes"], (24 << 20) + 4096);
         assert_eq!(json["loaded"]["maps"]["CONFIG"], 4096);
         assert_eq!(json["daemon"]["process"]["descriptors"], 40);
+    }
+
+    #[test]
+    fn workloads_that_nobody_is_are_named() {
+        let used = Used { unmatched_workloads: vec!["a".to_owned(), "b".to_owned()], ..used() };
+        let status = Status::of(place(true), lock(true), &config(), used, NOW_NS);
+        assert!(
+            status.text().contains("\nNOT HERE     workloads that nothing on this host fits now: a, b\n"),
+            "{}",
+            status.text()
+        );
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json["loaded"]["unmatched_workloads"], serde_json::json!(["a", "b"]));
     }
 
     #[test]

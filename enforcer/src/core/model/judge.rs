@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use enforcer_common::abi::{
     FLOW_PIPELINED, Flow, PUNT_CHUNK_BYTES, PUNT_DATA, PUNT_DEAD, PUNT_UNANSWERED, PuntHeader,
-    REPLY_MAX_BYTES, VERDICT_ALLOW,
+    REPLY_MAX_BYTES, VERDICT_ALLOW, punt_limited,
 };
 use enforcer_common::chunked::Chunked;
 use enforcer_common::flow::{self, Advance, Claim, Ctl, Next, State, advance, answered};
@@ -12,6 +12,7 @@ use enforcer_common::head::{self, HeadInfo};
 use enforcer_common::verdict::{self, Known};
 
 use super::kernel::{Answer, COOKIE, Fault, Kernel, Queued, Word};
+use super::script::LIMITED;
 
 impl Kernel {
     pub(super) fn judge(&mut self, request: usize, bytes: &[u8]) {
@@ -93,6 +94,7 @@ impl Kernel {
 
     fn on_head(&mut self, request: usize, bytes: &[u8]) {
         let unanswered = self.unanswered();
+        let limited = bytes.starts_with(LIMITED);
         let write_seq = self.write_seq;
         if let Some(flow) = &mut self.flow {
             if unanswered {
@@ -100,6 +102,10 @@ impl Kernel {
             }
             flow.write_seq_mark = write_seq;
             flow.requests += 1;
+            flow.limited = u32::from(limited);
+        }
+        if limited {
+            return self.punt_flagged(bytes, 0, unanswered);
         }
         let Ok((info, digest)) =
             head::analyze_bytes(bytes, &self.setting.key, &enforcer_common::abi::Origin::NONE)
@@ -178,6 +184,7 @@ impl Kernel {
 
     fn records(&mut self, bytes: &[u8], ctl: Ctl, skip_bytes: u64, unanswered: bool) {
         let mut offset_bytes = ctl.punted_bytes() - bytes.len() as u64;
+        let limited = self.flow.as_ref().map_or(0, |flow| flow.limited);
         for part in bytes.chunks(PUNT_CHUNK_BYTES) {
             if self.ring_full() {
                 return self.dead();
@@ -191,7 +198,7 @@ impl Kernel {
                 kind: PUNT_DATA,
                 epoch: ctl.epoch(),
                 len_bytes: part.len() as u32,
-                flags: if unanswered { PUNT_UNANSWERED } else { 0 },
+                flags: if unanswered { PUNT_UNANSWERED } else { 0 } | punt_limited(limited),
                 write_seq: self.write_seq,
                 ..header
             };

@@ -21,11 +21,16 @@ pub(super) enum Kind {
     BadPost,
     /// Refused, chunked.
     BadChunked,
+    /// With a good token and a `Content-Length`, over a limit, and the kernel can't answer it.
+    Limited,
     /// The first half of a head.
     Half,
 }
 
-pub(super) const WHOLE: [Kind; 8] = [
+/// What the head of a request over a limit begins with.
+pub(super) const LIMITED: &[u8] = b"POST /mcp HTTP/1.1\r\nL: 1\r\n";
+
+pub(super) const WHOLE: [Kind; 9] = [
     Kind::Get,
     Kind::Post,
     Kind::Chunked,
@@ -34,6 +39,7 @@ pub(super) const WHOLE: [Kind; 8] = [
     Kind::ShortBad,
     Kind::BadPost,
     Kind::BadChunked,
+    Kind::Limited,
 ];
 
 /// Where a request is cut into packets.
@@ -88,12 +94,14 @@ impl Tokens {
             Kind::Post => (true, "POST", format!("{known}Content-Length: 4\r\n"), BODY),
             Kind::Chunked => (true, "POST", format!("{known}Transfer-Encoding: chunked\r\n"), CHUNKS),
             Kind::NewKey => (true, "GET", new_key, ""),
+            Kind::Limited => (false, "POST", format!("{known}Content-Length: 4\r\n"), BODY),
             Kind::Bad | Kind::Half => (false, "GET", pad, ""),
             Kind::ShortBad => (false, "GET", String::new(), ""),
             Kind::BadPost => (false, "POST", format!("{pad}Content-Length: 4\r\n"), BODY),
             Kind::BadChunked => (false, "POST", "Transfer-Encoding: chunked\r\n".to_owned(), CHUNKS),
         };
-        (allowed, format!("{method} /mcp HTTP/1.1\r\nHost: mcp.example.com\r\n{lines}\r\n"), body)
+        let mark = if kind == Kind::Limited { "L: 1\r\n" } else { "" };
+        (allowed, format!("{method} /mcp HTTP/1.1\r\n{mark}Host: mcp.example.com\r\n{lines}\r\n"), body)
     }
 }
 
@@ -134,7 +142,7 @@ impl Script {
     /// Cuts that make a difference to a request.
     pub(super) fn cuts(kind: Kind) -> &'static [Cut] {
         match kind {
-            Kind::Post | Kind::Chunked | Kind::BadPost | Kind::BadChunked => {
+            Kind::Post | Kind::Chunked | Kind::BadPost | Kind::BadChunked | Kind::Limited => {
                 &[Cut::Whole, Cut::Head, Cut::Body, Cut::Bodies, Cut::Joined, Cut::BodyJoined]
             }
             Kind::Half => &[Cut::Whole],

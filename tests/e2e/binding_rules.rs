@@ -1,0 +1,145 @@
+//! How the rules that bind tokens add up, change, and are explained.
+
+mod common;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use enforcer_tests::caller::{Caller, Place};
+use enforcer_tests::enforcement::{Guarded, GuardedBuilder};
+use enforcer_tests::guard::{Cgroup, Deadline};
+use enforcer_tests::raw::Connection;
+use serde_json::{Value, json};
+
+use common::{LIMIT, TIMEOUT, endless, ends, flows_on, open_stream, policy, tools};
+
+/// A user that is not root and that every system has.
+const NOBODY: u32 = 65_534;
+/// Exit code of the command line: the token would be refused.
+const REJECTED: i32 = 4;
+
+/// `agent` and `thief` by their units, `nobody` by the user, `here` by the address.
+fn workloads() -> Value {
+    json!([
+        {"name": "agent", "unit": "agent.service"},
+        {"name": "thief", "unit": "thief.service"},
+        {"name": "nobody", "unit": "agent.service", "uid": NOBODY},
+        {"name": "here", "network": ["127.0.0.0/8", "::1"]},
+    ])
+}
+
+fn guarded(name: &str) -> GuardedBuilder {
+    // A slice, so that the units below it are known as such.
+    Guarded::builder(&format!("{name}.slice")).policy("workloads", workloads())
+}
+
+struct Scene {
+    guarded: Guarded,
+    agent: Cgroup,
+    thief: Cgroup,
+    at: SocketAddr,
+}
+
+impl Scene {
+    fn new(builder: GuardedBuilder, client: IpAddr) -> Result<Self> {
+        let guarded = builder.start()?;
+        let cgroup = guarded.enforcement.cgroup();
+        let (agent, thief) = (cgroup.child("agent.service")?, cgroup.child("thief.service")?);
+        let at = SocketAddr::new(client, guarded.addr().port());
+        Ok(Self { guarded, agent, thief, at })
+    }
+
+    fn local(builder: GuardedBuilder) -> Result<Self> {
+        Self::new(builder, Ipv4Addr::LOCALHOST.into())
+    }
+
+    fn request(&self, token: Option<&str>) -> Vec<u8> {
+        self.guarded.call(token).build()
+    }
+
+    fn call(&self, cgroup: &Cgroup, uid: u32, request: &[u8]) -> Result<Caller> {
+        Place { uid, ..Place::root(cgroup) }.call(self.at, &[], request)
+    }
+
+    fn statuses(&self, cgroup: &Cgroup, uid: u32, request: &[u8]) -> Result<Vec<u16>> {
+        Ok(self.call(cgroup, uid, request)?.statuses())
+    }
+}
+
+#[test]
+fn every_rule_about_a_token_must_hold() -> Result<()> {
+    let _deadline = Deadline::new("binding: every rule", LIMIT);
+    let bind = json!([{"workloads": ["agent", "thief"]}, {"client": "editor", "workloads": "nobody"}, {"workloads": "here"}]);
+    let scene = Scene::local(guarded("bindall").policy("bind", bind))?;
+    let editor = scene.guarded.mint().claim("client_id", "editor").sign()?;
+    let other = scene.guarded.mint().claim("client_id", "other").sign()?;
+    let status = |cgroup, uid, token: &str| scene.statuses(cgroup, uid, &scene.request(Some(token)));
+    assert_eq!(status(&scene.agent, NOBODY, &editor)?, [200]);
+    assert_eq!(status(&scene.agent, 0, &editor)?, [401]);
+    assert_eq!(status(&scene.thief, NOBODY, &editor)?, [401]);
+    assert_eq!(status(&scene.thief, 0, &other)?, [200]);
+    Ok(())
+}
+
+#[test]
+fn a_new_rule_ends_what_was_opened_before_and_an_old_one_does_not() -> Result<()> {
+    let _deadline = Deadline::new("binding: reload", LIMIT);
+    let builder = guarded("bindreload").policy("bind", json!([{"workloads": "here"}]));
+    let scene = Scene::local(builder.option("--no-watch").recorder(endless()))?;
+    let request = scene.request(Some(&scene.guarded.token()?));
+    let mut stream = open_stream(Connection::open(scene.at, TIMEOUT)?, &request)?;
+    let reload = |bind: Value| -> Result<Value> {
+        let next = policy(&scene.guarded, vec![tools(&scene.guarded)]).with("workloads", workloads());
+        scene.guarded.enforcement.write_policy(&next.with("bind", bind))?;
+        scene.guarded.enforcement.cli_json(&["reload"])
+    };
+    let here = json!({"workloads": "here"});
+    let report = reload(json!([here.clone(), here.clone()]))?;
+    assert_eq!((&report["changed"], &report["losses"]), (&json!(true), &json!([])), "{report}");
+    flows_on(&mut stream)?;
+    let report = reload(json!([here, {"workloads": "agent"}]))?;
+    let losses = json!([{ "server": "tools", "reason": "binding-changed", "grants": 1, "flows": 1 }]);
+    assert_eq!(report["losses"], losses, "{report}");
+    ends(&mut stream)?;
+    let mut stranger = Connection::open(scene.at, TIMEOUT)?;
+    assert_eq!(stranger.roundtrip(&scene.request(Some(&scene.guarded.token()?)))?.status, 401);
+    Ok(())
+}
+
+#[test]
+fn the_command_line_tells_what_depends_on_the_caller() -> Result<()> {
+    let _deadline = Deadline::new("binding: command line", LIMIT);
+    let scene = Scene::local(guarded("bindcli").policy("bind", json!([{"workloads": ["nobody", "agent"]}])))?;
+    let enforcement = &scene.guarded.enforcement;
+    let token = scene.guarded.token()?;
+    let explain = |options: &[&str]| -> Result<(Option<i32>, Value)> {
+        let arguments = [&["explain", "--server", "tools", "--output", "json"], options].concat();
+        let finished = enforcement.cli_with_input(&arguments, token.as_bytes())?;
+        Ok((finished.status.code(), serde_json::from_str(&finished.stdout).context(finished.stderr)?))
+    };
+    let (code, shown) = explain(&[])?;
+    assert_eq!((code, &shown["depends_on_caller"]), (Some(0), &json!(true)), "{shown}");
+    for options in [["--workload", "agent"], ["--workload", "agent.service"]] {
+        let (code, shown) = explain(&options)?;
+        assert_eq!((code, &shown["depends_on_caller"]), (Some(0), &json!(false)), "{options:?} {shown}");
+    }
+    let thief = scene.call(&scene.thief, 0, &scene.request(Some(&token)))?;
+    for options in [["--pid", &thief.process.pid().to_string()], ["--from", "192.0.2.1"]] {
+        let (code, shown) = explain(&options)?;
+        assert_eq!((code, &shown["would_pass"]), (Some(REJECTED), &json!(false)), "{options:?} {shown}");
+    }
+    // All workloads are there; one that is not is named.
+    assert_eq!(enforcement.cli_json(&["status"])?["loaded"]["unmatched_workloads"], json!([]));
+    let mut all = workloads();
+    all.as_array_mut().context("a list")?.push(json!({"name": "ghost", "unit": "ghost.service"}));
+    enforcement.write_policy(&policy(&scene.guarded, vec![tools(&scene.guarded)]).with("workloads", all))?;
+    enforcement.cli_json(&["reload"])?;
+    assert_eq!(enforcement.cli_json(&["status"])?["loaded"]["unmatched_workloads"], json!(["ghost"]));
+    let checked = enforcement.cli(&["check", &enforcement.policy_path().display().to_string()])?;
+    ensure!(
+        checked.stderr.contains("workload \"ghost\": warning: nothing on this host"),
+        "{}",
+        checked.stderr
+    );
+    Ok(())
+}
