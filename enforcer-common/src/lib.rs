@@ -5,6 +5,7 @@
 //! - [`chunked`]: the framing of a chunked body.
 //! - [`flow`]: the states of a connection and who owns it at any instant.
 //! - [`limit`]: how often something may happen.
+//! - [`shield`]: which packets never reach TCP.
 //! - [`scratch`]: who may use a CPU's scratch memory.
 //! - [`verdict`]: when a known head is allowed.
 //!
@@ -18,4 +19,5 @@ pub mod flow;
 pub mod head;
 pub mod limit;
 pub mod scratch;
+pub mod shield;
 pub mod verdict;

@@ -286,7 +286,7 @@ extern "C" fn cut_step(_index: u32, cut: *mut Cut<'_>) -> i64 {
 /// A length that every verifier since 6.1 believes to be in `1..=MAX`: compare first, then mask, with the compiler kept from
 /// merging the two (6.1 forgets the lower bound of `len < 1 || len > MAX`).
 #[inline(always)]
-fn bounded<const MAX: u32>(len: u32) -> Result<u32, Failed> {
+pub(crate) fn bounded<const MAX: u32>(len: u32) -> Result<u32, Failed> {
     if len == 0 || len > MAX {
         return Err(Failed);
     }

@@ -7,6 +7,7 @@
 //! | [`programs::judge`] | `sk_skb/stream_verdict` on the guarded sockets | pass, answer, or hand over each request |
 //! | [`programs::gate`] | `cgroup_skb/ingress` | no bytes for sockets that should be guarded and are not; hold senders back |
 //! | [`programs::inject`] | `sk_skb/stream_verdict` on the daemon's sockets | carry bytes from the daemon into a guarded socket |
+//! | [`programs::shield`] | XDP on the policy's interfaces | drop floods before TCP sees them |
 //!
 //! Every decision that needs no kernel is in `enforcer-common`. Nothing in here passes bytes because of an error: the one
 //! place that does so in enforce mode is `Outcome::Pass`, and only a known head whose grant lives leads to it.

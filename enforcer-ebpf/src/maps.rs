@@ -3,17 +3,23 @@
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash, SockMap};
+use aya_ebpf::maps::{
+    Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SockHash, SockMap,
+};
 use enforcer_common::abi::{
     Barred, Bucket, BucketLabel, Config, Connecting, DaemonState, Endpoint, EndpointKey, FirstUser, Flow,
     Grant, GrantLabel, HeadDigest, JoinKey, Joining, MAX_BARRED, MAX_BUCKETS, MAX_CALLERS, MAX_CONNECTING,
     MAX_COUNTERS, MAX_ENDPOINTS, MAX_FIRST_USERS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS,
-    MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SOCKETS, MAX_SOURCES, MAX_VERDICTS, NameHash, PUNTS_BYTES,
-    REVOCATION_WORDS, ReasonName, Reply, Revocation, Sealed, ServerLabel, Source, SourceKey, Verdict,
+    MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SHIELD_ADDRESSES, MAX_SHIELD_FAILING,
+    MAX_SHIELD_INTERFACES, MAX_SHIELD_PREFIXES, MAX_SHIELD_SOURCES, MAX_SOCKETS, MAX_SOURCES, MAX_VERDICTS,
+    NameHash, PUNTS_BYTES, REVOCATION_WORDS, ReasonName, Reply, Revocation, Sealed, ServerLabel,
+    ShieldConfig, ShieldFailing, ShieldInterface, ShieldKey, ShieldPrefix, ShieldSource, Source, SourceKey,
+    Verdict,
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::head::HeadBuf;
 use enforcer_common::scratch::SLOTS;
+use enforcer_common::shield::options::Options;
 
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -110,3 +116,34 @@ pub(crate) static LIMIT_LABELS: Array<BucketLabel> = Array::with_max_entries(MAX
 
 #[map]
 pub(crate) static SOURCES: LruHashMap<SourceKey, Source> = LruHashMap::with_max_entries(MAX_SOURCES, 0);
+
+#[map]
+pub(crate) static SHIELD_CONFIG: Array<ShieldConfig> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static SHIELD_ADDRESSES: HashMap<EndpointKey, u32> =
+    HashMap::with_max_entries(MAX_SHIELD_ADDRESSES, 0);
+
+#[map]
+pub(crate) static SHIELD_SOURCES: LruHashMap<ShieldKey, ShieldSource> =
+    LruHashMap::with_max_entries(MAX_SHIELD_SOURCES, 0);
+
+#[map]
+pub(crate) static SHIELD_FAILING: LruHashMap<ShieldKey, ShieldFailing> =
+    LruHashMap::with_max_entries(MAX_SHIELD_FAILING, 0);
+
+#[map]
+pub(crate) static SHIELD_V4: LpmTrie<[u8; 4], ShieldPrefix> =
+    LpmTrie::with_max_entries(MAX_SHIELD_PREFIXES, 0);
+
+#[map]
+pub(crate) static SHIELD_V6: LpmTrie<[u8; 16], ShieldPrefix> =
+    LpmTrie::with_max_entries(MAX_SHIELD_PREFIXES, 0);
+
+#[map]
+pub(crate) static SHIELD_INTERFACES: PerCpuHashMap<u32, ShieldInterface> =
+    PerCpuHashMap::with_max_entries(MAX_SHIELD_INTERFACES, 0);
+
+/// The options of the SYN that this CPU's shield looks at. Nothing interrupts it on its CPU that would run it again.
+#[map]
+pub(crate) static SHIELD_OPTIONS: PerCpuArray<Options> = PerCpuArray::with_max_entries(1, 0);

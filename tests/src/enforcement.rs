@@ -7,6 +7,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::guard::{Cgroup, Finished, Proc, bin_path, run};
+use crate::guard::{Cgroup, Finished, NetNs, Proc, bin_path, run};
 
 pub use guarded::{Guarded, GuardedBuilder};
 pub use policy::{IssuerSpec, PolicySpec, ServerSpec};
@@ -73,6 +74,7 @@ pub struct Enforcement {
     options: Vec<String>,
     cgroup: Cgroup,
     directory: TempDir,
+    netns: Option<Arc<NetNs>>,
 }
 
 impl Enforcement {
@@ -108,7 +110,13 @@ impl Enforcement {
             options: options.iter().map(|option| (*option).to_owned()).collect(),
             cgroup,
             directory,
+            netns: None,
         })
+    }
+
+    /// Daemons that are started from here on live in this network namespace.
+    pub fn live_in(&mut self, netns: &Arc<NetNs>) {
+        self.netns = Some(Arc::clone(netns));
     }
 
     /// Starts the daemon (again) and waits until it is ready.
@@ -139,6 +147,9 @@ impl Enforcement {
         let mut command = Command::new(&self.bin);
         command.arg("run").arg("--policy").arg(self.policy_path()).arg("--cgroup").arg(self.cgroup.path());
         command.args(["--pin-name", &self.pin_name]).args(&self.options).args(options);
+        if let Some(netns) = &self.netns {
+            netns.place(&mut command)?;
+        }
         Proc::spawn("enforcer run", command)
     }
 

@@ -4,6 +4,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`guard`] | cgroups, network namespaces, child processes, time limits |
+//! | [`bpf`], [`frame`], [`link`](mod@link) | frames, for programs that the kernel runs with them, and onto interfaces |
 //! | [`enforcement`] | a daemon over a cgroup of its own, with policy, issuer and server |
 //! | [`caller`] | clients in processes of their own, anywhere |
 //! | [`issuer`] | signing keys, tokens with any defect, JWKS and metadata over loopback HTTP |
@@ -18,11 +19,14 @@
 
 pub mod bench;
 pub mod bench_server;
+pub mod bpf;
 pub mod caller;
 pub mod demo;
 pub mod enforcement;
+pub mod frame;
 pub mod guard;
 pub mod issuer;
+pub mod link;
 pub mod load;
 pub mod mcp;
 pub mod peers;

@@ -146,10 +146,32 @@ counters! {
     WouldLimit = 57, "would-limit";
     /// A process was not let connect to a protected endpoint.
     ConnectRefused = 58, "connect-refused";
+    /// The shield dropped a packet whose source an operator put on its list.
+    ShieldListed = 59, "shield-listed";
+    /// The shield dropped a packet of a quarantined source.
+    ShieldQuarantined = 60, "shield-quarantined";
+    /// The shield dropped a packet because its source sends too many.
+    ShieldPackets = 61, "shield-packets";
+    /// The shield dropped a SYN because its source makes too many connections.
+    ShieldConnections = 62, "shield-connections";
+    /// The shield dropped a datagram for a protected endpoint.
+    ShieldDatagram = 63, "shield-datagram";
+    /// The shield dropped a packet for a protected address whose port can't be read.
+    ShieldUnreadable = 64, "shield-unreadable";
+    /// The shield dropped a packet because there was no room to count its source.
+    ShieldSourcesFull = 65, "shield-sources-full";
+    /// A helper failed: the shield dropped the packet.
+    ShieldHelper = 66, "shield-helper";
+    /// The shield took MPTCP's option out of a SYN, which passed.
+    ShieldMptcp = 67, "shield-mptcp";
+    /// Observe mode: a packet passed that the shield would have dropped.
+    ShieldWouldDrop = 68, "shield-would-drop";
+    /// A source was quarantined: too many of its requests were refused.
+    SourceQuarantined = 69, "source-quarantined";
 }
 
 /// Size of `COUNTERS`.
-pub const MAX_COUNTERS: u32 = 64;
+pub const MAX_COUNTERS: u32 = 128;
 
 #[cfg(test)]
 mod tests {

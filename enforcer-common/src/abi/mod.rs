@@ -15,6 +15,7 @@ mod punt;
 mod reply;
 mod revocation;
 mod sealed;
+mod shield;
 
 pub use caller::*;
 pub use config::*;
@@ -28,6 +29,7 @@ pub use punt::*;
 pub use reply::*;
 pub use revocation::*;
 pub use sealed::*;
+pub use shield::*;
 
 /// Version of everything in this module. It moves when a layout or the meaning of a field does.
 pub const ABI_VERSION: u32 = 6;
@@ -92,6 +94,22 @@ pub mod map {
     pub const LIMIT_LABELS: &str = "LIMIT_LABELS";
     /// Buckets of requests without a grant, by where they come from.
     pub const SOURCES: &str = "SOURCES";
+    /// What the policy asks of the shield.
+    pub const SHIELD_CONFIG: &str = "SHIELD_CONFIG";
+    /// Addresses with protected endpoints.
+    pub const SHIELD_ADDRESSES: &str = "SHIELD_ADDRESSES";
+    /// What sources have sent.
+    pub const SHIELD_SOURCES: &str = "SHIELD_SOURCES";
+    /// Sources whose requests are refused.
+    pub const SHIELD_FAILING: &str = "SHIELD_FAILING";
+    /// IPv4 prefixes that are dropped or exempt.
+    pub const SHIELD_V4: &str = "SHIELD_V4";
+    /// IPv6 prefixes that are dropped or exempt.
+    pub const SHIELD_V6: &str = "SHIELD_V6";
+    /// Interfaces under the shield.
+    pub const SHIELD_INTERFACES: &str = "SHIELD_INTERFACES";
+    /// Scratch memory of the shield.
+    pub const SHIELD_OPTIONS: &str = "SHIELD_OPTIONS";
 
     /// All of them: what is pinned.
     pub const ALL: &[&str] = &[
@@ -122,6 +140,14 @@ pub mod map {
         LIMITS,
         LIMIT_LABELS,
         SOURCES,
+        SHIELD_CONFIG,
+        SHIELD_ADDRESSES,
+        SHIELD_SOURCES,
+        SHIELD_FAILING,
+        SHIELD_V4,
+        SHIELD_V6,
+        SHIELD_INTERFACES,
+        SHIELD_OPTIONS,
     ];
 }
 

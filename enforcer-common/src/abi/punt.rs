@@ -128,12 +128,12 @@ pub struct InjectHeader {
     pub write_seq_mark: u32,
     /// `INJECT_HAND_BACK`: `FLOW_*` bits to set in `Flow::flags`.
     pub flags: u32,
-    /// Zero.
-    pub zero: u32,
+    /// `INJECT_TO_CLIENT`: 1 if the answer is a refusal that counts against its client, else 0.
+    pub refusal: u32,
 }
 assert_layout!(InjectHeader, 64, [
     cookie: u64, expected_ctl: u64, new_ctl: u64, remaining_bytes: u64, chunked: u64, grant_serial: u64, kind: u32,
-    write_seq_mark: u32, flags: u32, zero: u32,
+    write_seq_mark: u32, flags: u32, refusal: u32,
 ]);
 
 /// Entries of `INJECTORS`.

@@ -12,6 +12,7 @@
 //! - A server that wants to be woken for many bytes only (`SO_RCVLOWAT`) gets none: until then TCP would keep them where the judge does not
 //!   see them, and other calls than `recv` do.
 //! - The sender of a flow that the daemon owns is held back while the ring buffer fills, because dropped skbs leave its window open.
+//! - Refusals that the client has got, whose next packet this is, are counted against its source: see `failing.rs`.
 //! - A server that does not read can't make the kernel queue without bound.
 
 use aya_ebpf::EbpfContext as _;
@@ -27,6 +28,7 @@ use enforcer_common::abi::{
 };
 use enforcer_common::flow::{Ctl, State};
 
+use super::failing;
 use super::hold;
 use super::punt::{self, Event, Payload};
 use super::sock_ops::{endpoint, v4, v6};
@@ -47,7 +49,11 @@ fn gate(ctx: SkBuffContext) -> i32 {
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let stop = match FLOWS.get_ptr_mut(cookie) {
         // SAFETY: a valid map value, while the program runs.
-        Some(flow) => guarded(&ctx, cookie, unsafe { &mut *flow }),
+        Some(flow) => {
+            failing::note(flow);
+            // SAFETY: as above.
+            guarded(&ctx, cookie, unsafe { &mut *flow })
+        }
         None => unguarded(&ctx),
     };
     let Some(counter) = stop else { return PASS };
@@ -258,7 +264,7 @@ fn has_payload(ctx: &SkBuffContext) -> bool {
 
 /// Asks the daemon to destroy a connection that should be guarded and is not. A listener is no connection, and one whose handshake ends at
 /// this moment is about to be guarded.
-#[inline(always)]
+#[inline(never)]
 fn report(ctx: &SkBuffContext, cookie: u64) {
     let Some(Target { local, peer, state, .. }) = target(ctx) else { return };
     if state == TCP_LISTEN || state == TCP_SYN_RECV || state == TCP_NEW_SYN_RECV {

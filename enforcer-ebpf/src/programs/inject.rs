@@ -61,7 +61,15 @@ fn carry(ctx: &SkBuffContext, header: &InjectHeader, flags: u64, counter: Counte
         charge::hold_always(flow, grant_slot(header.grant_serial));
     }
     count(counter);
-    SOCKETS.redirect_skb(ctx, header.cookie, flags) as u32
+    let verdict = SOCKETS.redirect_skb(ctx, header.cookie, flags) as u32;
+    if header.refusal != 0 && verdict != SK_DROP {
+        // SAFETY: as above; nobody else counts while the flow is the daemon's.
+        unsafe {
+            let refusals = &raw mut (*flow).refusals;
+            refusals.write_volatile(refusals.read_volatile().wrapping_add(1));
+        }
+    }
+    verdict
 }
 
 fn return_flow(header: &InjectHeader) -> u32 {

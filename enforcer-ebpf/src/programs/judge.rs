@@ -322,6 +322,9 @@ fn reply(input: &Input<'_>, flow: &mut Flow, counter: Counter, reply_id: u32, le
         return dead(input, flow, Counter::DeadReplyFailed);
     }
     count(counter);
+    if matches!(counter, Counter::Refused) {
+        flow.refusals = flow.refusals.wrapping_add(1);
+    }
     verdict
 }
 

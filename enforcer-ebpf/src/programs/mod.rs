@@ -4,12 +4,14 @@ pub(crate) mod caller;
 pub(crate) mod charge;
 pub(crate) mod chunked;
 pub(crate) mod connect;
+pub(crate) mod failing;
 pub(crate) mod gate;
 pub(crate) mod hold;
 pub(crate) mod inject;
 pub(crate) mod judge;
 pub(crate) mod punt;
 pub(crate) mod recognise;
+pub(crate) mod shield;
 pub(crate) mod sock_ops;
 pub(crate) mod weigh;
 

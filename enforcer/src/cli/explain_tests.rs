@@ -23,6 +23,7 @@ fn policy_with_key_file(jwks: PathBuf) -> (Policy, Arc<Server>) {
         limits: Vec::new(),
         unknown: DEFAULT_UNKNOWN,
         refused: None,
+        shield: None,
     };
     (policy, server)
 }

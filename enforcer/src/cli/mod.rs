@@ -13,6 +13,7 @@ mod output;
 mod reload;
 mod revoke;
 pub mod run;
+mod shield;
 mod unload;
 mod view;
 
@@ -43,6 +44,7 @@ Examples:
   enforcer flows --output json                  live connections, for programs
   enforcer explain --server files < token       would this token pass, and why not?
   enforcer revoke --issuer corp --subject alice end what alice's tokens opened, refuse them
+  enforcer shield add 192.0.2.0/24 --for 1h     drop packets before TCP sees them
   enforcer unload                               remove everything from the kernel";
 
 /// Zero-trust authorization for MCP servers, enforced in the kernel
@@ -119,6 +121,8 @@ enum Command {
     Revocations,
     Revoke(revoke::Command),
     Unrevoke(revoke::UndoCommand),
+    #[command(subcommand)]
+    Shield(shield::Command),
     Explain(explain::Command),
     Diff(reload::DiffCommand),
     Reload(reload::ReloadCommand),
@@ -191,6 +195,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Counters(command) => view::counters(&global, command.all),
         Command::Revocations => view::revocations(&global),
         Command::Revoke(command) => revoke::run(&command, &global),
+        Command::Shield(command) => shield::run(&command, &global),
         Command::Unrevoke(command) => revoke::undo(&command, &global),
         Command::Explain(command) => explain::run(&command, &global),
         Command::Diff(command) => reload::diff(&command, &global),

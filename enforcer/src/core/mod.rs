@@ -48,6 +48,7 @@ use enforcer_common::abi::{
 };
 use enforcer_common::flow::Ctl;
 
+use crate::http::answer::Answer;
 use crate::revocation::Revocations;
 use crate::workload::{CallerView, Workload};
 
@@ -103,7 +104,7 @@ pub trait Datapath {
     ///
     /// # Errors
     /// As above.
-    fn to_client(&mut self, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), Self::Error>;
+    fn to_client(&mut self, cookie: u64, ctl: Ctl, answer: &Answer) -> Result<(), Self::Error>;
 
     /// Gives the flow back if its control word still is `expected`.
     ///

@@ -14,6 +14,7 @@ use enforcer_common::head;
 
 use super::sweep::tests as sweep_tests;
 use super::*;
+use crate::http::answer::Answer;
 use crate::keys::KeySnapshot;
 use crate::policy::Mode;
 use crate::revocation::Revocations;
@@ -101,8 +102,8 @@ impl Datapath for Fake {
         Ok(())
     }
 
-    fn to_client(&mut self, _cookie: u64, _ctl: Ctl, bytes: &[u8]) -> Result<(), Self::Error> {
-        self.client.extend_from_slice(bytes);
+    fn to_client(&mut self, _cookie: u64, _ctl: Ctl, answer: &Answer) -> Result<(), Self::Error> {
+        self.client.extend_from_slice(&answer.bytes);
         Ok(())
     }
 

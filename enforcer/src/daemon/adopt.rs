@@ -97,6 +97,7 @@ pub(super) fn adopt(
     let fingerprint_key = maps.daemon_state()?.fingerprint_key;
     state.keep_fingerprint_key(&fingerprint_key)?;
     state.bring_together(&mut maps.live, policy, now.unix_secs)?;
+    maps.live.shield.apply(policy)?;
     let secrets =
         Secrets { digest: Box::new(maps.digest_key()?), fingerprint: Fingerprinter::new(fingerprint_key) };
     let numbers = numbers(&maps)?.next(policy)?;

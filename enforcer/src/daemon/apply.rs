@@ -138,6 +138,10 @@ pub(super) fn switch(
     if let Err(error) = write_labels(&new.policy, &new.numbers, kernel) {
         warn!(%error, "not all servers are shown by their new names");
     }
+    // Still under the lock, as operators change what the shield says too.
+    if let Err(error) = kernel.maps().live.shield.apply(&new.policy) {
+        error!(%error, "the shield does not do all that the new policy asks of it; start the daemon again");
+    }
     let policy = Arc::clone(&new.policy);
     // The disk may take its time. Until then the file says less of how long revocations stand, and each start says it anew; and the
     // policy that is recorded is not the one that the maps name, so a start would close the open connections.

@@ -16,6 +16,7 @@ use tracing::{debug, error, warn};
 use crate::cli::format;
 use crate::core::{CallerFacts, Datapath, Doomed, DoomedQueue, GrantBuckets, HandBack};
 use crate::datapath::{Injectors, LiveError, Maps, NamespaceSearch, Searched, SocketDestroyer};
+use crate::http::answer::Answer;
 use crate::lifecycle::paths;
 use crate::revocation::Revocations;
 use crate::workload::{Workloads, comm};
@@ -256,8 +257,8 @@ impl Datapath for Kernel {
         Ok(self.injectors.to_server(server_id, cookie, ctl, grant_serial, bytes)?)
     }
 
-    fn to_client(&mut self, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), KernelError> {
-        Ok(self.injectors.to_client(cookie, ctl, bytes)?)
+    fn to_client(&mut self, cookie: u64, ctl: Ctl, answer: &Answer) -> Result<(), KernelError> {
+        Ok(self.injectors.to_client(cookie, ctl, &answer.bytes, answer.is_refusal())?)
     }
 
     fn hand_back(&mut self, cookie: u64, expected: Ctl, to: HandBack) -> Result<(), KernelError> {
@@ -271,7 +272,7 @@ impl Datapath for Kernel {
             kind: 0,
             write_seq_mark: to.write_seq_mark,
             flags: if to.pipelined { FLOW_PIPELINED } else { 0 },
-            zero: 0,
+            refusal: 0,
         })?)
     }
 

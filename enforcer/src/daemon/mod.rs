@@ -100,6 +100,9 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
         warn!("{warning}");
     }
     clock::check()?;
+    if let Some(shield) = &policy.shield {
+        datapath::shield::check_interfaces(shield)?;
+    }
     // Before the lock, which a process that outlives us for an instant must not hold, and before any secret.
     keys::fetcher::start()?;
     let mut lock = DaemonLock::acquire(&options.pin_name)?;
@@ -192,6 +195,16 @@ impl Plan {
         state.keep_policy(self.text.clone(), &self.policy);
         Ok(up)
     }
+
+    /// Puts the shield on the policy's interfaces. If that fails, a start that found nothing leaves nothing; what was there goes on guarding.
+    fn raise_shield(&self, kernel: &mut Kernel) -> anyhow::Result<()> {
+        let shield = self.policy.shield.as_ref();
+        let raised = datapath::shield::attach(&self.pins, shield, &mut kernel.maps().live.shield);
+        if raised.is_err() && self.start == Start::Fresh {
+            unload(&self.pins, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
+        }
+        Ok(raised?)
+    }
 }
 
 async fn enforce(
@@ -209,6 +222,7 @@ async fn enforce(
     // Guarded first, then keys: what comes meanwhile waits.
     let Up { mut engine, mut kernel, mut ring, numbers, mut orphans } =
         plan.bring_up(&keys, &options.state)?;
+    plan.raise_shield(&mut kernel)?;
     // Before anybody is told that the servers are guarded, and before keys come.
     let (seen, mut seen_later) = mpsc::unbounded_channel();
     let (_lookout, closed) = Lookout::start(&plan.pins, seen)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use tokio::signal::unix::Signal;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -18,8 +18,10 @@ use super::revocations::State;
 use super::{RunOptions, now, watch};
 use crate::control::{Report, Request, Response};
 use crate::core::{Claims, Consequences, Endpoints, Engine, Judged, Next, Transition};
+use crate::datapath::{PinDir, shield};
 use crate::keys::KeyManagerHandle;
 use crate::lifecycle::lock::{DaemonLock, ReloadRecord};
+use crate::lifecycle::paths;
 use crate::policy::{self, Policy, PolicyDiff, PolicyErrors, PolicyText, Warning};
 use crate::revocation::store::{StateDir, StateError};
 
@@ -68,6 +70,7 @@ pub(super) struct Reloads {
     running: Option<(Job, JoinHandle<Outcome>)>,
     waiting: VecDeque<Job>,
     in_force: InForce,
+    pins: PinDir,
     _control: Control,
 }
 
@@ -90,6 +93,7 @@ impl Reloads {
             running: None,
             waiting: VecDeque::new(),
             in_force,
+            pins: paths::pin_dir(&options.bpffs, &options.pin_name),
             _control: control,
         })
     }
@@ -255,6 +259,8 @@ impl Reloads {
         let Some(prepared) = prepared else { return Ok(unchanged(engine)) };
         let (diff, warnings) = (prepared.diff.clone(), prepared.warnings.clone());
         let consequences = switch(*prepared, &mut self.in_force, now(), engine, kernel)?;
+        let shield = self.in_force.policy.shield.as_ref();
+        shield::detach_others(&self.pins, shield, &mut kernel.maps().live.shield);
         Ok(report(engine, diff, warnings, consequences))
     }
 
@@ -373,6 +379,9 @@ async fn prepare(source: Source, old: Old) -> Outcome {
     if policy == *old.policy {
         return Ok(None);
     }
+    if revocations.is_some() {
+        can_shield(&old.policy, &policy)?;
+    }
     let keys = old.keys.following(&policy);
     let missing = if keys.wait_initial(KEYS_TIMEOUT).await { Vec::new() } else { without_keys(&keys) };
     let prepared = tokio::task::spawn_blocking(move || {
@@ -398,6 +407,20 @@ fn without_keys(keys: &KeyManagerHandle) -> Vec<String> {
             format!("issuer \"{}\" has no keys yet, its tokens are refused with 503: {why}", status.name)
         })
         .collect()
+}
+
+/// Programs are attached by a daemon that starts; one that runs has given that up (`privileges/`).
+fn can_shield(old: &Policy, new: &Policy) -> anyhow::Result<()> {
+    let Some(new) = &new.shield else { return Ok(()) };
+    let before = old.shield.as_ref().filter(|old| old.attach == new.attach);
+    let interfaces = before.map(|old| old.interfaces.as_slice()).unwrap_or_default();
+    let added: Vec<_> = new.interfaces.iter().filter(|name| !interfaces.contains(*name)).cloned().collect();
+    ensure!(
+        added.is_empty(),
+        "a running daemon attaches no programs, and `shield` names interfaces anew or attaches in another way ({}): start the daemon again with          this policy (SIGTERM with --keep, then `enforcer run`); connections go on",
+        added.join(", ")
+    );
+    Ok(())
 }
 
 /// Compares the policies, and judges the grants whose claims are known.

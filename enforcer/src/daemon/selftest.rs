@@ -312,7 +312,7 @@ impl Bench {
                         grant_serial: 0,
                         write_seq_mark: write_seq,
                         flags: 0,
-                        zero: 0,
+                        refusal: 0,
                     })
                     .map_err(setup)?;
                 return Ok(origin);

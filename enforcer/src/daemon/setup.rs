@@ -12,7 +12,7 @@ use super::apply::{mode, with_limits, write_endpoints, write_labels};
 use super::kernel::Kernel;
 use super::revocations::State;
 use crate::core::{Endpoints, Engine, Numbers, Orphan, Secrets};
-use crate::datapath::{self, Injectors, Maps, PinDir};
+use crate::datapath::{self, Injectors, Maps, PinDir, shield};
 use crate::lifecycle::start::Ours;
 use crate::lifecycle::{UnloadOptions, unload};
 use crate::policy::Policy;
@@ -77,6 +77,7 @@ pub(super) fn load(
     kernel.maps().set_config(config)?;
     state.inherit(pins, &mut kernel.maps().live)?;
     state.bring_together(&mut kernel.maps().live, policy, super::now().unix_secs)?;
+    kernel.maps().live.shield.apply(policy)?;
     loaded.attach(cgroup)?;
     // Ours guards already. What an earlier daemon left keeps guarding its connections until they are closed; a connection that
     // both would tag in between is cut off.
@@ -85,6 +86,7 @@ pub(super) fn load(
             .with_context(|| format!("cannot move {} aside", pins.path().display()))?;
     }
     kernel.hold(loaded.commit(pins)?);
+    shield::inherit(&retired, pins, &mut kernel.maps().live.shield);
     unload(&retired, &UnloadOptions { drain_timeout: Duration::ZERO, force: true })?;
     Ok(Up { engine, kernel, ring, numbers, orphans: Vec::new() })
 }

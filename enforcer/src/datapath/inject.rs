@@ -38,6 +38,13 @@ pub enum InjectError {
     Map(#[from] LiveError),
 }
 
+/// By what right bytes go, or for want of which.
+#[derive(Debug, Clone, Copy, Default)]
+struct Right {
+    grant_serial: u64,
+    is_refusal: bool,
+}
+
 /// The daemon's ends of the socket pairs.
 pub struct Injectors {
     ours: Vec<OwnedFd>,
@@ -72,7 +79,7 @@ impl Injectors {
         theirs.extend([sink, peer]);
         let injectors = Self { ours, _theirs: theirs };
         let none = Ctl(0);
-        injectors.carry(0, INJECT_TO_SINK, 0, none, 0, b"x")?;
+        injectors.carry(0, INJECT_TO_SINK, 0, none, Right::default(), b"x")?;
         Ok(injectors)
     }
 
@@ -102,7 +109,7 @@ impl Injectors {
         kind: u32,
         cookie: u64,
         ctl: Ctl,
-        grant_serial: u64,
+        right: Right,
         bytes: &[u8],
     ) -> Result<(), InjectError> {
         for part in bytes.chunks(PUNT_CHUNK_BYTES) {
@@ -112,11 +119,11 @@ impl Injectors {
                 new_ctl: 0,
                 remaining_bytes: 0,
                 chunked: 0,
-                grant_serial,
+                grant_serial: right.grant_serial,
                 kind,
                 write_seq_mark: 0,
                 flags: 0,
-                zero: 0,
+                refusal: u32::from(right.is_refusal),
             };
             self.send(pair, &header, part)?;
         }
@@ -136,15 +143,23 @@ impl Injectors {
         grant_serial: u64,
         bytes: &[u8],
     ) -> Result<(), InjectError> {
-        self.carry(server_id % SERVER_PAIRS, INJECT_TO_SERVER, cookie, ctl, grant_serial, bytes)
+        let right = Right { grant_serial, is_refusal: false };
+        self.carry(server_id % SERVER_PAIRS, INJECT_TO_SERVER, cookie, ctl, right, bytes)
     }
 
-    /// An answer for the client of such a flow.
+    /// An answer for the client of such a flow; `is_refusal`: it counts against its source.
     ///
     /// # Errors
     /// See [`InjectError`].
-    pub fn to_client(&self, cookie: u64, ctl: Ctl, bytes: &[u8]) -> Result<(), InjectError> {
-        self.carry(self.client_pair(cookie), INJECT_TO_CLIENT, cookie, ctl, 0, bytes)
+    pub fn to_client(
+        &self,
+        cookie: u64,
+        ctl: Ctl,
+        bytes: &[u8],
+        is_refusal: bool,
+    ) -> Result<(), InjectError> {
+        let right = Right { grant_serial: 0, is_refusal };
+        self.carry(self.client_pair(cookie), INJECT_TO_CLIENT, cookie, ctl, right, bytes)
     }
 
     fn client_pair(&self, cookie: u64) -> u32 {

@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use aya::maps::{MapError, SockHash, SockMap};
 use aya::programs::{
     CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, Program, ProgramError, SkSkb, SockOps,
+    Xdp,
     links::{FdLink, PinnedLink},
 };
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use enforcer_common::abi::map;
 
+use super::shield::{self, SHIELD};
 use super::{EBPF_OBJECT, LINKS, OffsetError, PinDir, TcpOffsets, sys};
 
 /// Why the programs are not in the kernel. Whatever had been done before the error was undone.
@@ -134,8 +136,9 @@ fn load_into(pins: &PinDir) -> Result<Ebpf, LoadError> {
 /// See [`LoadError`]. Some programs may have been replaced then; the others guard as before.
 pub fn replace(pins: &PinDir) -> Result<(), LoadError> {
     let mut ebpf = load_programs(pins)?;
-    for (name, link) in LINKS {
-        let path = pins.pin(link);
+    let shields = shield::link_pins(pins).into_iter().map(|(_, path)| (SHIELD, path));
+    let links = LINKS.map(|(name, link)| (name, pins.pin(link)));
+    for (name, path) in links.into_iter().chain(shields) {
         let link = sys::open(&path).map_err(|error| pin_error(&path, &error))?;
         let program =
             any_program(&mut ebpf, name)?.fd().map_err(|source| LoadError::Program { name, source })?.as_fd();
@@ -187,6 +190,8 @@ fn load_programs(pins: &PinDir) -> Result<Ebpf, LoadError> {
     tag_flow.load().map_err(|source| LoadError::Program { name: "tag_flow", source })?;
     let gate: &mut CgroupSkb = program(&mut ebpf, "gate")?;
     gate.load().map_err(|source| LoadError::Program { name: "gate", source })?;
+    let shield: &mut Xdp = program(&mut ebpf, SHIELD)?;
+    shield.load().map_err(|source| LoadError::Program { name: SHIELD, source })?;
     Ok(ebpf)
 }
 
@@ -214,9 +219,9 @@ fn attach_to_sockets(ebpf: &mut Ebpf, pins: &PinDir) -> Result<(), LoadError> {
 }
 
 /// The programs that are pinned.
-const PROGRAMS: &[&str] = &["judge", "inject", "connect4", "connect6", "tag_flow", "gate"];
+const PROGRAMS: &[&str] = &["judge", "inject", "connect4", "connect6", "tag_flow", "gate", SHIELD];
 
-fn pin_of(program: &str) -> String {
+pub(super) fn pin_of(program: &str) -> String {
     format!("prog_{program}")
 }
 

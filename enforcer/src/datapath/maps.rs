@@ -11,6 +11,7 @@ use enforcer_common::abi::{
 };
 use enforcer_common::digest::DigestKey;
 
+use super::shield::ShieldMaps;
 use super::{Buckets, PinDir};
 
 /// Why the maps of a running enforcement can't be used.
@@ -77,6 +78,8 @@ pub struct Live {
     pub(super) revocation_state: Array<MapData, u64>,
     /// Refusal reasons that the daemon counted.
     pub reasons: HashMap<MapData, ReasonName, u64>,
+    /// The shield's.
+    pub shield: ShieldMaps,
 }
 
 impl Live {
@@ -104,6 +107,7 @@ impl Live {
             revocation_state: open(pins, map::REVOCATION_STATE, Map::Array)?,
             counters: open(pins, map::COUNTERS, Map::PerCpuArray)?,
             reasons: open(pins, map::REASONS, Map::HashMap)?,
+            shield: ShieldMaps::open(pins)?,
         };
         let found = live.configuration()?.abi_version;
         if found != ABI_VERSION && found != 0 {

@@ -11,6 +11,7 @@ mod netns;
 mod netns_search;
 mod offsets;
 mod revocations;
+pub mod shield;
 mod sockdiag;
 mod sys;
 

@@ -7,8 +7,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 
 /// Makes a call whose attributes are `attributes`, the first fields of `union bpf_attr`; the kernel takes the rest for zero.
@@ -35,6 +37,39 @@ pub(super) fn open(pin: &Path) -> Result<OwnedFd> {
     let mut attributes = Attributes { path: path.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: the path lives until the end of the call.
     let fd = unsafe { call(BPF_OBJ_GET, &mut attributes) }?;
+    // SAFETY: a new descriptor, owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Pins an object.
+pub(super) fn pin(object: BorrowedFd<'_>, pin: &Path) -> Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut attributes = Attributes { path: path.as_ptr() as u64, fd: object.as_raw_fd() as u32, flags: 0 };
+    // SAFETY: the path lives until the end of the call.
+    unsafe { call(BPF_OBJ_PIN, &mut attributes) }.map(drop)
+}
+
+/// Attaches an XDP program to an interface, until the link is closed. (aya's function falls back to one that outlives its process, which
+/// can't be pinned.)
+pub(super) fn create_xdp_link(program: BorrowedFd<'_>, interface: u32, flags: u32) -> Result<OwnedFd> {
+    const BPF_XDP: u32 = 37;
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        interface: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let mut attributes =
+        Attributes { program: program.as_raw_fd() as u32, interface, attach_type: BPF_XDP, flags };
+    // SAFETY: no pointers.
+    let fd = unsafe { call(BPF_LINK_CREATE, &mut attributes) }?;
     // SAFETY: a new descriptor, owned by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
@@ -82,6 +117,13 @@ pub(super) fn link_cgroup_id(link: BorrowedFd<'_>) -> Result<u64> {
     // type, id, program, padding, cgroup id
     let [_, _, cgroup_id] = info::<[u64; 3]>(link)?;
     Ok(cgroup_id)
+}
+
+/// Index of the interface that an XDP link is attached to; 0: the interface is gone.
+pub(super) fn link_interface(link: BorrowedFd<'_>) -> Result<u32> {
+    // type, id, program, padding, interface
+    let [_, _, _, _, interface, _] = info::<[u32; 6]>(link)?;
+    Ok(interface)
 }
 
 /// The first 32 bits of the first element of an array map, however long its values are.

@@ -141,6 +141,7 @@ fn start(issuer: Issuer) -> KeyManagerHandle {
         limits: Vec::new(),
         unknown: DEFAULT_UNKNOWN,
         refused: None,
+        shield: None,
     }))
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// Reads a whole number followed by `s`, `m`, `h` or `d`. `None` for anything else, and for what 64 bits can't hold.
-pub(super) fn parse(text: &str) -> Option<Duration> {
+pub(crate) fn parse(text: &str) -> Option<Duration> {
     let unit = text.chars().next_back()?;
     let digits = text.strip_suffix(unit)?;
     let seconds_per_unit = match unit {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::sharing::METADATA_PREFIX;
 use super::{
     BindRule, BindTo, Dimension, Issuer, KeySource, Limit, Listen, Mode, Policy, Server, WorkloadRule,
-    duration,
+    duration, shield,
 };
 
 /// What `policy` makes the enforcer check, for each server, in plain words. Stable for equal policies.
@@ -287,6 +287,13 @@ fn describe_metadata(out: &mut Text, policy: &Policy, server: &Server) {
 }
 
 fn describe_rest(out: &mut Text, policy: &Policy) {
+    if let Some(shield) = &policy.shield {
+        out.line("shield: packets for these endpoints, by source (an IPv4 address, the first 64 bits of an IPv6 one)");
+        for (label, text) in shield::describe(shield) {
+            out.item(label, [text]);
+        }
+        out.line("");
+    }
     out.line("everything else on these endpoints");
     out.item(
         "not HTTP/1.1",

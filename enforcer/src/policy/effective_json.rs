@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::sharing::METADATA_PREFIX;
 use super::{
-    BindRule, BindTo, Dimension, Issuer, KeySource, Limit, Mode, Policy, Rate, Server, WorkloadRule,
+    BindRule, BindTo, Dimension, Issuer, KeySource, Limit, Mode, Policy, Rate, Server, WorkloadRule, shield,
 };
 
 /// What [`super::effective`] says, for programs: defaults filled in, durations in seconds, servers by id.
@@ -24,6 +24,7 @@ pub fn effective_json(policy: &Policy) -> Value {
         "limits": policy.limits.iter().map(|l| limit(l)).collect::<Vec<_>>(),
         "unknown_requests": rate(&policy.unknown),
         "refused_requests": policy.refused.as_ref().map(rate),
+        "shield": policy.shield.as_ref().map(shield::json),
     })
 }
 

@@ -146,6 +146,16 @@ pub enum Defect {
     #[error("with this one, {found} limits apply to server `{server}`, at most {limit} can")]
     TooManyLimits { server: String, found: usize, limit: usize },
 
+    // The shield.
+    #[error("`{value}` is not a network: {reason}")]
+    Prefix { value: String, reason: String },
+    #[error("`{value}` is not the name of an interface")]
+    Interface { value: String },
+    #[error("`{value}` is the loopback interface, which the shield leaves alone")]
+    Loopback { value: String },
+    #[error("`{found}` is not a way to attach")]
+    Attach { found: String },
+
     // Issuers.
     #[error("the issuer name `{name}` was already used in line {first_line}")]
     DuplicateIssuerName { name: String, first_line: u64 },
@@ -301,6 +311,9 @@ impl Defect {
             Self::Rate { .. } | Self::WrongType { expected: RATE, .. } => {
                 "write how many in a second, minute or hour, from 1 to 1000000: 20/s, 300/m, 1000/h"
             }
+            Self::Interface { .. } => "`ip link` lists them",
+            Self::Loopback { .. } => "name the interfaces that clients on other hosts come in by",
+            Self::Attach { .. } => "write auto (native, else generic), native or generic",
             Self::LimitOfNothing => "e.g. `rate: 20/s` or `streams: 10`",
             Self::UnknownDimension { .. } | Self::BodyDimension { .. } => {
                 "it can be `server`, `source`, `workload`, `uid`, `principal` or `client`"
@@ -367,6 +380,7 @@ impl Defect {
             | Self::TextLength { .. }
             | Self::ControlCharacter
             | Self::NumberBounds { .. }
+            | Self::Prefix { .. }
             | Self::Selector { .. }
             | Self::Mode { .. }
             | Self::Name { .. }

@@ -7,7 +7,7 @@
 mod bind;
 mod conflicts;
 mod diff;
-mod duration;
+pub(crate) mod duration;
 mod effective;
 mod effective_json;
 mod error;
@@ -23,6 +23,7 @@ mod resource;
 mod selectors;
 mod server;
 mod sharing;
+mod shield;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -42,6 +43,7 @@ pub use error::{Caution, Defect, Overlap, PolicyError, PolicyErrors, Warning};
 pub use path::{MAX_PATH_BYTES, PathError, check_path, path_contains};
 pub use resource::{MAX_RESOURCE_BYTES, ResourceError, canonical_resource};
 pub use sharing::METADATA_PREFIX;
+pub use shield::parse_prefix;
 pub use types::*;
 
 use serde::{Deserialize, Serialize};
@@ -204,6 +206,7 @@ const FIELDS: &[&str] = &[
     "limits",
     "unknown_requests",
     "refused_requests",
+    "shield",
 ];
 
 fn compile_root(
@@ -230,6 +233,7 @@ fn compile_root(
     let limits = limits::compile(report, &map, &mut drafts);
     let unknown = map.or_default("unknown_requests", DEFAULT_UNKNOWN, |f| rate::rate_field(report, &f));
     let refused = map.or_default("refused_requests", None, |f| rate::rate_field(report, &f).map(Some));
+    let shield = map.or_default("shield", None, |field| shield::compile(report, &field).map(Some));
     version?;
     bind?;
     let drafts = drafts?;
@@ -242,6 +246,7 @@ fn compile_root(
         limits: limits?,
         unknown: unknown?,
         refused: refused?,
+        shield: shield?,
     };
     workloads.warn_unused(report, &policy);
     Some(policy)

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 pub use super::rate::Rate;
 pub use super::selectors::{CgroupGlob, Network};
 
@@ -37,6 +39,59 @@ pub struct Policy {
     pub unknown: Rate,
     /// How many requests that are refused, or that need no token, may come from one source; without it as many as come.
     pub refused: Option<Rate>,
+    /// What keeps floods from the servers, if anything does.
+    pub shield: Option<Shield>,
+}
+
+/// Limits by source, on the interfaces that clients on other hosts come in by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shield {
+    /// Interface names; never empty.
+    pub interfaces: Vec<String>,
+    /// Who runs the program.
+    pub attach: ShieldAttach,
+    /// New connections of a source.
+    pub connections: Option<Rate>,
+    /// Packets of a source.
+    pub packets: Option<Rate>,
+    /// When a source is shut out.
+    pub quarantine: Option<Quarantine>,
+    /// Networks that are neither limited nor quarantined.
+    pub exceptions: Vec<IpNet>,
+}
+
+/// Who runs the shield's program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShieldAttach {
+    /// The driver if it can, else the kernel.
+    Auto,
+    /// The driver.
+    Native,
+    /// The kernel, whatever the driver.
+    Generic,
+}
+
+impl ShieldAttach {
+    /// As the policy writes it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+}
+
+/// When a source is shut out, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quarantine {
+    /// More refusals than these are too many; from 1.
+    pub refusals: u32,
+    /// How long refusals are counted together, from the first; 1 second to an hour.
+    pub within: Duration,
+    /// How long nothing of the source comes through; 1 second to 7 days.
+    pub lasts: Duration,
 }
 
 /// A signature algorithm that a policy may list (RFC 7518 and RFC 8037 names). Asymmetric only: no `none`, no HMAC.

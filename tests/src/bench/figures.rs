@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::stats::{Spread, median};
-use super::{FirstSeen, Pair, Revocation, Samples, TokenRound};
+use super::{FirstSeen, Pair, Revocation, Samples, Shield, TokenRound};
 use crate::load::LoadReport;
 
 const STREAM_MIB: f64 = 64.0;
@@ -42,6 +42,8 @@ pub enum Unit {
     Nanoseconds,
     /// Milliseconds.
     Milliseconds,
+    /// Packets per second of one core.
+    PacketsPerSecond,
 }
 
 /// A bound.
@@ -126,7 +128,45 @@ pub fn figures(samples: &Samples) -> Result<Vec<Figure>> {
         judge("judge_run_ns_1", "judge, per call, 1 connection", samples, |connections| connections == 1)?,
     ];
     all.extend(revocation_figures(&samples.revocation)?);
+    all.extend(shield_figures(&samples.shield)?);
     Ok(all)
+}
+
+/// The figures about packets that one core drops.
+///
+/// # Errors
+/// When there are no samples.
+pub fn shield_figures(samples: &Shield) -> Result<[Figure; 5]> {
+    let alone = |key, what, unit, values: &[f64]| {
+        let spread = Spread::of(values.iter().copied()).context(key)?;
+        Ok::<_, anyhow::Error>(Figure { key, what, unit, direct: None, enforced: None, spread, target: None })
+    };
+    let rate = Unit::PacketsPerSecond;
+    let flood = samples.flood.iter().map(|round| (round.passed_per_s, round.dropped_per_s));
+    Ok([
+        alone("shield_datagrams_per_s", "shield alone: datagrams dropped", rate, &samples.datagrams_per_s)?,
+        alone("shield_listed_per_s", "shield alone: a listed source's dropped", rate, &samples.listed_per_s)?,
+        alone(
+            "shield_limited_per_s",
+            "shield alone: SYNs over the limit dropped",
+            rate,
+            &samples.limited_per_s,
+        )?,
+        alone(
+            "shield_passed_ns",
+            "shield alone: a packet that passes",
+            Unit::Nanoseconds,
+            &samples.passed_ns,
+        )?,
+        paired(
+            "shield_flood_per_s",
+            "veth: SYNs to TCP, and dropped",
+            rate,
+            flood,
+            |(_, dropped)| dropped,
+            None,
+        )?,
+    ])
 }
 
 /// The figures about streams of tokens that are no longer good.
@@ -254,6 +294,7 @@ mod tests {
 
     use super::*;
     use crate::bench::JudgeRun;
+    use crate::bench::shield::Flood;
     use crate::load::{CpuUse, Latency, RunSource};
 
     fn run(requests_per_s: f64, us: f64) -> LoadReport {
@@ -310,6 +351,13 @@ mod tests {
             first_seen_rs256: first_seen(30.0, 530.0),
             stream_64mib_s: vec![pair(0.020, 0.025)],
             judge: vec![judge(64, 500.0), judge(1, 400.0)],
+            shield: Shield {
+                datagrams_per_s: vec![2e7],
+                listed_per_s: vec![1e7],
+                limited_per_s: vec![5e6],
+                passed_ns: vec![150.0],
+                flood: vec![Flood { passed_per_s: 2e5, dropped_per_s: 1e6 }],
+            },
             revocation: Revocation { revoked_ms: vec![10.0, 30.0, 20.0], expired_ms: vec![1500.0] },
         }
     }
@@ -342,6 +390,8 @@ mod tests {
         assert_eq!(close("revocation_p50_ms", 20.0), Some(true));
         assert_eq!(close("revocation_max_ms", 30.0), Some(true));
         assert_eq!(close("expiry_p50_ms", 1500.0), Some(false));
+        assert_eq!(close("shield_listed_per_s", 1e7), None);
+        assert_eq!(close("shield_flood_per_s", 1e6), None);
     }
 
     #[test]

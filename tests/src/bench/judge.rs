@@ -1,11 +1,7 @@
 //! The judging program's own run time, as the kernel counts it.
 
-use std::ffi::CString;
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -13,9 +9,9 @@ use serde::Serialize;
 use super::bed::Bed;
 use super::pinning::{Pinning, Place};
 use super::rounds::{CONNECTIONS, enforced_calls};
+use crate::bpf::{new_descriptor, open_pinned};
 
-/// Commands of bpf(2) and a kind of statistics, from the kernel's `include/uapi/linux/bpf.h`.
-const BPF_OBJ_GET: libc::c_long = 7;
+/// A command of bpf(2) and a kind of statistics, from the kernel's `include/uapi/linux/bpf.h`.
 const BPF_ENABLE_STATS: libc::c_long = 32;
 const BPF_STATS_RUN_TIME: u32 = 0;
 
@@ -77,35 +73,10 @@ impl Stats {
     }
 }
 
-/// `struct { __u64 pathname; __u32 bpf_fd; __u32 file_flags; }` of `union bpf_attr`.
-#[repr(C)]
-struct ObjectGet {
-    pathname: u64,
-    bpf_fd: u32,
-    file_flags: u32,
-}
-
-fn open_pinned(path: &Path) -> Result<OwnedFd> {
-    let name = CString::new(path.as_os_str().as_bytes())?;
-    let attributes = ObjectGet { pathname: name.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
-    bpf(BPF_OBJ_GET, &attributes).with_context(|| format!("cannot open {}", path.display()))
-}
-
 /// The kernel counts the run time of all programs while this descriptor is open (Linux 5.8 and later).
 fn enable_stats() -> Result<OwnedFd> {
-    bpf(BPF_ENABLE_STATS, &BPF_STATS_RUN_TIME).context("BPF_ENABLE_STATS")
-}
-
-/// A bpf(2) command that gives a new descriptor.
-fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: the kernel reads at most the stated size of `attributes`, which lives through the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just given us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let mut kind = BPF_STATS_RUN_TIME;
+    new_descriptor(BPF_ENABLE_STATS, &mut kind).context("BPF_ENABLE_STATS")
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ mod markdown;
 mod pinning;
 pub mod revocation;
 mod rounds;
+pub mod shield;
 mod stats;
 mod stream;
 mod table;
@@ -26,7 +27,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-pub use figures::{Figure, Target, Unit, figures, revocation_figures};
+pub use figures::{Figure, Target, Unit, figures, revocation_figures, shield_figures};
 pub use first_seen::FirstSeen;
 pub use interrupt::catch_signals;
 pub use judge::JudgeRun;
@@ -34,6 +35,7 @@ pub use machine::Machine;
 pub use markdown::write_markdown;
 pub use revocation::Revocation;
 pub use rounds::TokenRound;
+pub use shield::Shield;
 pub use stats::Spread;
 pub use table::table;
 
@@ -61,6 +63,8 @@ pub struct Plan {
     pub stream_pairs: usize,
     /// Streams whose token is revoked, and as many whose token ends.
     pub revoked_streams: usize,
+    /// Rounds of packets for the shield.
+    pub shield_rounds: usize,
 }
 
 impl Plan {
@@ -74,6 +78,7 @@ impl Plan {
         first_seen_pairs: 2000,
         stream_pairs: 60,
         revoked_streams: 50,
+        shield_rounds: 20,
     };
     /// Half a minute: shows that everything works, and the order of magnitude.
     pub const QUICK: Self = Self {
@@ -85,6 +90,7 @@ impl Plan {
         first_seen_pairs: 200,
         stream_pairs: 10,
         revoked_streams: 10,
+        shield_rounds: 5,
     };
 }
 
@@ -136,6 +142,8 @@ pub struct Samples {
     pub judge: Vec<JudgeRun>,
     /// Streams of tokens that were revoked, or have ended.
     pub revocation: Revocation,
+    /// Packets at the shield.
+    pub shield: Shield,
 }
 
 /// A run of the benchmark.
@@ -170,6 +178,8 @@ pub fn run(plan: Plan, command: String, mut progress: impl FnMut(&str)) -> Resul
     bed.stop()?;
     progress("streams of revoked and of expired tokens");
     let samples = Samples { revocation: revocation::measure(plan.revoked_streams)?, ..samples };
+    progress("packets at the shield");
+    let samples = Samples { shield: shield::measure(plan.shield_rounds, plan.run_ms)?, ..samples };
     Ok(Report { machine, plan, command, samples })
 }
 
@@ -200,6 +210,7 @@ fn measure(bed: &mut Bed, pinning: &Pinning, plan: Plan, progress: &mut impl FnM
         stream_64mib_s,
         judge,
         revocation: Revocation { revoked_ms: Vec::new(), expired_ms: Vec::new() },
+        shield: Shield::NONE,
     })
 }
 

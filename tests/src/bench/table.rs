@@ -35,12 +35,14 @@ pub(super) fn row(figure: &Figure) -> [String; 6] {
         Unit::Microseconds => format!("{value:+.2}"),
         Unit::Nanoseconds => format!("{value:.0}"),
         Unit::Milliseconds => format!("{value:.1}"),
+        Unit::PacketsPerSecond => millions(value),
     };
     let unit = match figure.unit {
         Unit::RequestsPerSecond | Unit::MebibytesPerSecond => "",
         Unit::Microseconds => " us",
         Unit::Nanoseconds => " ns",
         Unit::Milliseconds => " ms",
+        Unit::PacketsPerSecond => " M/s",
     };
     let quartiles = if spread.low.total_cmp(&spread.high).is_eq() {
         String::new()
@@ -64,7 +66,12 @@ fn column(value: f64, unit: Unit) -> String {
         Unit::Microseconds => format!("{value:.2} us"),
         Unit::Nanoseconds => format!("{value:.0} ns"),
         Unit::Milliseconds => format!("{value:.1} ms"),
+        Unit::PacketsPerSecond => format!("{} M/s", millions(value)),
     }
+}
+
+fn millions(value: f64) -> String {
+    format!("{:.2}", value / 1e6)
 }
 
 fn target(figure: &Figure, unit: &str) -> String {

@@ -34,6 +34,8 @@ struct Arguments {
 enum Only {
     /// How long streams of revoked and of expired tokens go on
     Revocation,
+    /// How many packets one core drops at the shield
+    Shield,
 }
 
 fn main() -> Result<()> {
@@ -41,12 +43,18 @@ fn main() -> Result<()> {
     let (plan, limit_minutes) = if arguments.quick { (Plan::QUICK, 5) } else { (Plan::FULL, 15) };
     let _deadline = Deadline::new("enforcer-bench", Duration::from_secs(limit_minutes * 60));
     bench::catch_signals()?;
-    if arguments.only == Some(Only::Revocation) {
+    if let Some(only) = arguments.only {
         println!("{}\n", bench::Machine::describe()?.line());
-        print!(
-            "{}",
-            bench::table(&bench::revocation_figures(&bench::revocation::measure(plan.revoked_streams)?)?)
-        );
+        let table = match only {
+            Only::Revocation => {
+                bench::table(&bench::revocation_figures(&bench::revocation::measure(plan.revoked_streams)?)?)
+            }
+            Only::Shield => bench::table(&bench::shield_figures(&bench::shield::measure(
+                plan.shield_rounds,
+                plan.run_ms,
+            )?)?),
+        };
+        print!("{table}");
         return Ok(());
     }
     let start = Instant::now();

@@ -36,6 +36,7 @@ pub struct GuardedBuilder {
     issuer_fields: Vec<(String, Value)>,
     observing: bool,
     policy_fields: Vec<(String, Value)>,
+    daemon_netns: Option<Arc<NetNs>>,
     config: Config,
     drain_timeout_secs: u64,
     options: Vec<String>,
@@ -67,6 +68,7 @@ impl Guarded {
             issuer_fields: Vec::new(),
             observing: false,
             policy_fields: Vec::new(),
+            daemon_netns: None,
             config: Config::default(),
             drain_timeout_secs: 1,
             options: Vec::new(),
@@ -166,6 +168,13 @@ impl GuardedBuilder {
         self
     }
 
+    /// The daemon lives in this network namespace.
+    #[must_use]
+    pub fn daemon_netns(mut self, netns: &Arc<NetNs>) -> Self {
+        self.daemon_netns = Some(Arc::clone(netns));
+        self
+    }
+
     /// Sets a field of the policy's server.
     #[must_use]
     pub fn server(mut self, field: &str, value: impl Into<Value>) -> Self {
@@ -254,7 +263,11 @@ impl GuardedBuilder {
         let drain_timeout = self.drain_timeout_secs.to_string();
         let mut options = vec!["--drain-timeout", &drain_timeout];
         options.extend(self.options.iter().map(String::as_str));
-        let enforcement = Enforcement::start_with(cgroup, &policy, &options)?;
+        let mut enforcement = Enforcement::prepare(cgroup, &policy, &options)?;
+        if let Some(netns) = &self.daemon_netns {
+            enforcement.live_in(netns);
+        }
+        enforcement.launch()?;
         Ok(Guarded { recorder, enforcement, issuer })
     }
 }

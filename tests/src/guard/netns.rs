@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use nix::ifaddrs::getifaddrs;
 use nix::sched::{CloneFlags, setns, unshare};
 
 static SERIAL: AtomicU32 = AtomicU32::new(0);
@@ -80,7 +81,28 @@ impl NetNs {
     /// When this kernel has no such counter.
     pub fn tcp_counter(&self, name: &str) -> Result<u64> {
         let statistics = self.run(|| std::fs::read_to_string("/proc/thread-self/net/netstat"))??;
-        tcp_counter(&statistics, name).with_context(|| format!("no counter {name}"))
+        counter(&statistics, "TcpExt:", name).with_context(|| format!("no counter {name}"))
+    }
+
+    /// Segments that TCP has got in there, whatever became of them (`InSegs` in `/proc/net/snmp`).
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn tcp_input(&self) -> Result<u64> {
+        let statistics = self.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp"))??;
+        counter(&statistics, "Tcp:", "InSegs").context("no counter InSegs")
+    }
+
+    /// The hardware address of an interface in there.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn hardware_address(&self, interface: &str) -> Result<[u8; 6]> {
+        let all = self.run(|| getifaddrs().map(Iterator::collect::<Vec<_>>))??;
+        let mut addresses = all.into_iter().filter(|found| found.interface_name == interface);
+        addresses
+            .find_map(|found| found.address?.as_link_addr()?.addr())
+            .with_context(|| format!("{interface} has no hardware address"))
     }
 
     /// Runs `ip` with these arguments inside.
@@ -104,8 +126,8 @@ impl NetNs {
 }
 
 /// There is a line of names above each line of values.
-fn tcp_counter(statistics: &str, name: &str) -> Option<u64> {
-    let mut lines = statistics.lines().filter(|line| line.starts_with("TcpExt:"));
+fn counter(statistics: &str, group: &str, name: &str) -> Option<u64> {
+    let mut lines = statistics.lines().filter(|line| line.starts_with(group));
     let position = lines.next()?.split_whitespace().position(|found| found == name)?;
     lines.next()?.split_whitespace().nth(position)?.parse().ok()
 }

@@ -53,6 +53,23 @@ pub(super) const TESTS: &[(&str, &[&str])] = &[
     ("e2e_lifecycle", &["sigterm_removes_programs_and_pins"]),
     ("e2e_observe", &["every_request_passes_as_it_was_sent_and_is_counted"]),
     ("e2e_privileges", &["no_thread_of_a_guarding_daemon_can_more_than_it_needs"]),
+    (
+        "e2e_shield_frames",
+        &[
+            "whatever_is_around_it_a_packet_is_found_by_its_port",
+            "mptcps_option_becomes_nops_and_the_checksum_stays_right",
+            "each_source_has_its_own_limits",
+        ],
+    ),
+    (
+        "e2e_shield",
+        &[
+            "limits::a_source_that_keeps_failing_is_quarantined_for_its_time",
+            "life::it_stays_when_the_daemon_dies_and_goes_with_the_enforcement",
+            "traffic::mptcp_clients_fall_back_at_once",
+            "traffic::datagrams_to_protected_ports_are_dropped_in_generic_mode_too",
+        ],
+    ),
     ("e2e_cli", &["the_views_work_while_no_daemon_runs"]),
 ];
 

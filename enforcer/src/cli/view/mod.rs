@@ -5,6 +5,7 @@ mod flows;
 mod grants;
 pub(super) mod revocations;
 mod servers;
+pub(super) mod shield;
 mod status;
 #[cfg(test)]
 mod testing;
@@ -49,6 +50,7 @@ pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
         memory: map_memory(&pins)?,
         unguarded: unguarded::Summary::of(find(&pins)),
         unmatched_workloads: unmatched_workloads(global),
+        shield: shield::Shielded::of(&live.shield, &pins, live::now_ns())?,
         process: lock
             .as_ref()
             .filter(|lock| lock.held)

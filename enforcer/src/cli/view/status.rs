@@ -8,6 +8,7 @@ use enforcer_common::abi::{
 };
 use serde::Serialize;
 
+use super::shield::Shielded;
 use super::unguarded::Summary;
 use crate::cli::format::{age_ms, duration, mebibytes};
 use crate::cli::output::{Render, pairs};
@@ -36,6 +37,7 @@ pub(super) struct Used {
     pub(super) unguarded: Summary,
     /// Workloads of the policy that nobody on this host is now.
     pub(super) unmatched_workloads: Vec<String>,
+    pub(super) shield: Shielded,
 }
 
 #[derive(Debug, Serialize)]
@@ -115,6 +117,7 @@ struct Loaded {
     unguarded: Summary,
     /// Workloads of the policy that nobody on this host is now.
     unmatched_workloads: Vec<String>,
+    shield: Shielded,
 }
 
 #[derive(Debug, Serialize)]
@@ -192,6 +195,7 @@ impl Status {
                 maps_bytes: used.memory.iter().map(|map| map.bytes).sum(),
                 unguarded: used.unguarded,
                 unmatched_workloads: used.unmatched_workloads,
+                shield: used.shield,
                 maps: used.memory.into_iter().map(|map| (map.name, map.bytes)).collect(),
             }),
         }
@@ -258,6 +262,7 @@ impl Render for Status {
                 ("revocations", loaded.revocations.text()),
                 ("maps", format!("{} of kernel memory", mebibytes(loaded.maps_bytes))),
             ]);
+            rows.extend(loaded.shield.text().into_iter().map(|text| ("shield", text)));
             rows.extend(loaded.unguarded.text().map(|text| ("NOT GUARDED", text)));
             if !loaded.unmatched_workloads.is_empty() {
                 let names = loaded.unmatched_workloads.join(", ");
@@ -311,6 +316,7 @@ mod tests {
         };
         let unguarded = Summary::of(Ok(Unguarded::default()));
         let (process, unmatched_workloads) = (Some(process), Vec::new());
+        let shield = Shielded::default();
         Used {
             flows: 3,
             verdicts: 2,
@@ -320,6 +326,7 @@ mod tests {
             process,
             unguarded,
             unmatched_workloads,
+            shield,
         }
     }
 

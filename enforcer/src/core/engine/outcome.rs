@@ -269,7 +269,7 @@ impl Engine {
         }
         flow.answers += 1;
         let ctl = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
-        datapath.to_client(cookie, ctl, &answer.bytes).map_err(|_| EngineError::InjectFailed)?;
+        datapath.to_client(cookie, ctl, answer).map_err(|_| EngineError::InjectFailed)?;
         match framing {
             Some(framing) if !answer.close && flow.answers < ANSWERS_MAX => {
                 flow.stage = Stage::discard(framing);

@@ -69,7 +69,7 @@ impl Datapath for Edge<'_> {
         Ok(())
     }
 
-    fn to_client(&mut self, _: u64, ctl: Ctl, _: &[u8]) -> Result<(), Self::Error> {
+    fn to_client(&mut self, _: u64, ctl: Ctl, _: &crate::http::answer::Answer) -> Result<(), Self::Error> {
         self.meanwhile()?;
         if self.may_inject(ctl) {
             self.kernel.queue.push_back(Queued::Client(Answer::Refusal));

@@ -37,6 +37,14 @@ pub struct Answer {
     pub reason: &'static str,
 }
 
+impl Answer {
+    /// Whether it is a refusal for something that its client did, and not because there is too much of it or something is missing here.
+    #[must_use]
+    pub const fn is_refusal(&self) -> bool {
+        self.status >= 400 && self.status != 429 && self.status != 503
+    }
+}
+
 /// An answer in the making: [`Draft::finish`] writes it.
 #[derive(Debug, Clone)]
 #[must_use]

@@ -1,0 +1,126 @@
+//! From the start to the end, over deaths, restarts and reloads.
+
+use anyhow::{Context, Result, ensure};
+use enforcer_tests::enforcement::{IssuerSpec, PolicySpec, ServerSpec};
+use enforcer_tests::guard::{Deadline, wait_until};
+use serde_json::{Value, json};
+
+use crate::common::{LIMIT, TIMEOUT};
+use crate::scene::{Scene, program_on};
+
+/// The scene's policy with another section, or none.
+fn policy(scene: &Scene, shield: Option<Value>) -> PolicySpec {
+    let listen = scene.guarded.addr();
+    let server = ServerSpec::new("tools", &[listen], "https://mcp.example.com/mcp")
+        .with("hosts", json!(["tools.example"]));
+    let policy = PolicySpec::new(vec![IssuerSpec::from_file("corp", &scene.guarded.issuer)], vec![server]);
+    match shield {
+        Some(shield) => policy.with("shield", shield),
+        None => policy,
+    }
+}
+
+#[test]
+fn it_stays_when_the_daemon_dies_and_goes_with_the_enforcement() -> Result<()> {
+    let _deadline = Deadline::new("life", LIMIT);
+    let mut scene =
+        Scene::with("shield-life", json!({ "connections": { "rate": "1/h", "burst": 2 } }), |builder| {
+            builder.option("--replace-programs")
+        })?;
+    let (first, native) = scene.program()?.context("no program")?;
+    ensure!(native);
+    scene.is_served(2)?;
+    scene.guarded.enforcement.kill9()?;
+    assert_eq!(scene.program()?, Some((first, true)), "the daemon's death took it along");
+    scene.connect_from(2)?;
+    scene.is_shut_out(2)?;
+    let dropped = scene.counter("shield-connections")?;
+    // The next daemon puts its own program in the place of that one; what was counted and charged stays.
+    scene.guarded.enforcement.launch()?;
+    let (second, _) = scene.program()?.context("no program")?;
+    ensure!(second != first, "the program was not replaced");
+    ensure!(scene.counter("shield-connections")? >= dropped);
+    scene.is_shut_out(2)?;
+    scene.is_served(11)?;
+    scene.guarded.enforcement.stop()?;
+    assert_eq!(scene.program()?, None, "it stayed behind");
+    assert_eq!(scene.guarded.enforcement.leftover_pins(), Vec::<std::path::PathBuf>::new());
+    scene.connect_from(2)?;
+    Ok(())
+}
+
+#[test]
+fn another_policy_changes_limits_at_once_and_takes_interfaces_off_but_adds_none() -> Result<()> {
+    let _deadline = Deadline::new("reload", LIMIT);
+    let scene = Scene::new("shield-load", json!({ "connections": { "rate": "1/h", "burst": 1 } }))?;
+    let interface = scene.pair.interface_a.clone();
+    let reload = |shield: Option<Value>| {
+        scene.guarded.enforcement.write_policy(&policy(&scene, shield))?;
+        scene.guarded.enforcement.cli(&["reload"])
+    };
+    scene.is_served(2)?;
+    scene.is_shut_out(2)?;
+    let wider = json!({ "interfaces": [interface], "connections": { "rate": "1/h", "burst": 1000 }, "exceptions": ["192.0.2.0/24"] });
+    let done = reload(Some(wider.clone()))?;
+    ensure!(done.status.success(), "{}", done.stderr);
+    scene.is_served(2)?;
+    let list = scene.guarded.enforcement.cli_json(&["shield", "list"])?;
+    assert_eq!(list["prefixes"][0]["by"], json!("policy"), "{list}");
+    // One more interface needs a program attached, which a daemon that runs can't do.
+    let mut more = wider;
+    more["interfaces"] = json!([interface, "other0"]);
+    let refused = reload(Some(more))?;
+    ensure!(
+        !refused.status.success() && refused.stderr.contains("start the daemon again"),
+        "{}",
+        refused.stderr
+    );
+    ensure!(refused.stderr.contains("other0"), "{}", refused.stderr);
+    let done = reload(None)?;
+    ensure!(done.status.success(), "{}", done.stderr);
+    wait_until("the interface is free", TIMEOUT, || scene.program().ok()?.is_none().then_some(()))?;
+    scene.is_served(2)?;
+    let status = scene.guarded.enforcement.cli_json(&["status"])?;
+    assert_eq!(status["loaded"]["shield"]["interfaces"], json!([]));
+    assert_eq!(scene.guarded.enforcement.cli_json(&["shield", "list"])?["prefixes"], json!([]));
+    Ok(())
+}
+
+#[test]
+fn a_start_with_another_policy_attaches_what_is_missing_and_connections_go_on() -> Result<()> {
+    let _deadline = Deadline::new("restart", LIMIT);
+    let mut scene =
+        Scene::with("shield-start", json!({ "attach": "generic" }), |builder| builder.option("--keep"))?;
+    assert!(matches!(scene.program()?, Some((_, false))));
+    let mut open = scene.connect_from(2)?;
+    scene.serves(&mut open)?;
+    scene.guarded.enforcement.stop()?;
+    let shield = json!({ "interfaces": [scene.pair.interface_a], "attach": "native" });
+    scene.guarded.enforcement.write_policy(&policy(&scene, Some(shield)))?;
+    scene.guarded.enforcement.launch()?;
+    assert!(matches!(scene.program()?, Some((_, true))));
+    assert_eq!(scene.interface()?["mode"], json!("native"));
+    scene.serves(&mut open)
+}
+
+#[test]
+fn an_interface_that_is_missing_or_goes_away_is_said() -> Result<()> {
+    let _deadline = Deadline::new("missing", LIMIT);
+    let mut scene = Scene::with("shield-gone", json!({}), |builder| builder.option("--keep"))?;
+    scene.guarded.enforcement.stop()?;
+    // With the pair goes the program.
+    scene.server.ip(&["link", "del", &scene.pair.interface_a])?;
+    let row = scene.interface()?;
+    assert_eq!((&row["attached"], &row["interface"]), (&json!(false), &json!(scene.pair.interface_a)));
+    let shown = scene.guarded.enforcement.cli(&["status"])?.stdout;
+    ensure!(shown.contains("GONE"), "{shown}");
+    let mut daemon = scene.guarded.enforcement.spawn_daemon()?;
+    ensure!(!daemon.wait(TIMEOUT)?.success(), "it started without its interface");
+    let log = daemon.stderr();
+    ensure!(log.contains(&scene.pair.interface_a) && log.contains("ip link"), "{log}");
+    // What guards goes on.
+    let status = scene.guarded.enforcement.cli_json(&["status"])?;
+    assert_eq!(status["state"], json!("enforcing"));
+    ensure!(program_on(&scene.server, "lo")?.is_none());
+    Ok(())
+}
