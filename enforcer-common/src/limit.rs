@@ -28,6 +28,21 @@ pub const fn fill(tat_ns: u64, now_ns: u64, interval_ns: u64, burst_ns: u64) -> 
     burst_ns.saturating_sub(tat_ns.saturating_sub(now_ns)) / interval_ns
 }
 
+/// The word of a bucket whose limit changes from one interval and depth to others, in nanoseconds: what it would take at once stays the
+/// same, in events, up to the new depth. So a limit that changes gives nobody a fresh burst, and nobody owes what the new one never lent.
+#[must_use]
+pub const fn changed(tat_ns: u64, now_ns: u64, old: (u64, u64), new: (u64, u64)) -> u64 {
+    let ((old_interval_ns, old_burst_ns), (interval_ns, burst_ns)) = (old, new);
+    if interval_ns == 0 || old_interval_ns == 0 {
+        // There is nothing to count with.
+        return 0;
+    }
+    let left_ns = old_burst_ns.saturating_sub(tat_ns.saturating_sub(now_ns));
+    let left_ns = left_ns as u128 * interval_ns as u128 / old_interval_ns as u128;
+    let left_ns = if left_ns > burst_ns as u128 { burst_ns } else { left_ns as u64 };
+    now_ns.saturating_add(burst_ns - left_ns)
+}
+
 /// What a connection is told to wait for a place where all are taken, in nanoseconds.
 pub const PLACE_WAIT_NS: u64 = 5_000_000_000;
 
@@ -71,6 +86,29 @@ mod tests {
         tat = admit(tat, 5 * SEC + interval, interval, burst).unwrap();
         assert_eq!(admit(tat, 5 * SEC + interval, interval, burst), Err(interval));
         assert_eq!(fill(tat, 60 * SEC, interval, burst), 3);
+    }
+
+    #[test]
+    fn a_change_of_the_limit_changes_the_fill_only_by_the_new_depth() {
+        let now = 50 * SEC;
+        // One a second, ten at once, of which seven are used.
+        let mut tat = 0;
+        for _ in 0..7 {
+            tat = admit(tat, now, SEC, 10 * SEC).unwrap();
+        }
+        for (interval, burst, left) in [
+            (SEC, 10, 3),
+            (SEC / 10, 10, 3),
+            (10 * SEC, 10, 3),
+            (SEC, 100, 3),
+            (SEC, 2, 2),
+            (SEC / 1000, 1, 1),
+        ] {
+            let word = changed(tat, now, (SEC, 10 * SEC), (interval, burst * interval));
+            assert_eq!(fill(word, now, interval, burst * interval), left, "{interval} {burst}");
+        }
+        assert_eq!(changed(tat, now, (SEC, 10 * SEC), (0, 0)), 0);
+        assert_eq!(fill(changed(u64::MAX, now, (SEC, SEC), (SEC, 5 * SEC)), now, SEC, 5 * SEC), 0);
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod common;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::caller::{Caller, Place};
+use enforcer_tests::caller::{Caller, NOBODY, Place};
 use enforcer_tests::enforcement::{Guarded, GuardedBuilder};
 use enforcer_tests::guard::{Cgroup, Deadline};
 use enforcer_tests::raw::Connection;
@@ -13,8 +13,6 @@ use serde_json::{Value, json};
 
 use common::{LIMIT, TIMEOUT, endless, ends, flows_on, open_stream, policy, tools};
 
-/// A user that is not root and that every system has.
-const NOBODY: u32 = 65_534;
 /// Exit code of the command line: the token would be refused.
 const REJECTED: i32 = 4;
 

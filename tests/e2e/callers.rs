@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::caller::{Caller, Place, translate};
+use enforcer_tests::caller::{Caller, NOBODY, Place, translate};
 use enforcer_tests::enforcement::Guarded;
 use enforcer_tests::guard::{Cgroup, Deadline, NetNs, veth_pair};
 use enforcer_tests::raw::{Connection, RequestBuilder};
@@ -20,9 +20,6 @@ use serde_json::{Value, json};
 
 use common::{LIMIT, TIMEOUT};
 use maps::PinnedMap;
-
-/// A user that is not root and that every system has.
-const NOBODY: u32 = 65_534;
 
 fn flow_of(guarded: &Guarded, client: SocketAddr) -> Result<Value> {
     let flows = guarded.enforcement.cli_json(&["flows"])?;

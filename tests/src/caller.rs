@@ -11,6 +11,9 @@ use crate::guard::{Cgroup, NetNs, Proc, bin_path, run};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
+/// A user that is not root and that every system has.
+pub const NOBODY: u32 = 65_534;
+
 /// Where a client runs.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
@@ -82,6 +85,12 @@ impl Caller {
     /// Whether its connection is closed within a time.
     pub fn is_closed(&mut self, within: Duration) -> bool {
         self.process.wait_for_line("ended", within).is_ok()
+    }
+
+    /// The status of its first answer; `None`: there was none.
+    #[must_use]
+    pub fn status(&self) -> Option<u16> {
+        self.statuses().first().copied()
     }
 
     /// The statuses of its answers.

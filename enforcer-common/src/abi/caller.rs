@@ -185,6 +185,23 @@ pub fn destination(key: EndpointKey) -> EndpointKey {
     EndpointKey { addr, ..key }
 }
 
+/// Whether an address is of the host itself: 127.0.0.0/8 or ::1.
+#[must_use]
+#[inline(always)]
+pub fn is_loopback(key: &EndpointKey) -> bool {
+    if key.family == FAMILY_V4 {
+        return key.addr[0] == 127;
+    }
+    let mut k = 0;
+    while k < 15 {
+        if key.addr[k] != 0 {
+            return false;
+        }
+        k += 1;
+    }
+    key.addr[15] == 1
+}
+
 /// Size of `CONNECTING`.
 pub const MAX_CONNECTING: u32 = 4_096;
 /// Size of `CALLERS`.

@@ -168,6 +168,8 @@ counters! {
     ShieldWouldDrop = 68, "shield-would-drop";
     /// A source was quarantined: too many of its requests were refused.
     SourceQuarantined = 69, "source-quarantined";
+    /// A request for the daemon was over its source's limit, and the kernel could not answer it: the flow is dead.
+    DeadLimited = 70, "dead-limited";
 }
 
 /// Size of `COUNTERS`.

@@ -58,7 +58,7 @@ pub const UNLIMITED: u64 = u64::MAX;
 /// Where requests come from that have no grant: the workload's cgroup, or, where the caller is not known, its address (IPv6: the network of
 /// 64 bits, which one host has for itself). Key of `SOURCES`.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SourceKey {
     /// [`Origin::cgroup_id`]; 0: the caller is not known.
     pub cgroup_id: u64,

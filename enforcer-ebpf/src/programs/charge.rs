@@ -5,15 +5,15 @@ use aya_ebpf::bindings::BPF_ANY;
 use enforcer_common::abi::{
     Bucket, CHARGE_GRANT, CHARGE_UNKNOWN, Counter, Flow, GRANT_BUCKETS, Source, SourceKey, held_as,
 };
-use enforcer_common::limit::{PLACE_WAIT_NS, RETRY_STEPS, admit, retry_step};
+use enforcer_common::limit::{PLACE_WAIT_NS, admit, retry_step};
 
 use crate::kernel::{add, compare_exchange, config, count};
 use crate::maps::{GRANTS, LIMITS, SOURCES};
 
 /// What a charge gives if it was admitted.
 pub(crate) const ADMITTED: u32 = 0;
-/// What it gives where a bucket can't be read: the longest wait.
-const UNREADABLE: u32 = RETRY_STEPS as u32;
+/// What it gives where a bucket can't be read: the shortest wait, as that passes.
+const UNREADABLE: u32 = 1;
 /// How often a bucket is tried that others change at the same moment.
 const TRIES: u32 = 8;
 
@@ -85,7 +85,12 @@ extern "C" fn refund(slot: u32, buckets: u32) -> u32 {
             // SAFETY: valid map values, changed word by word.
             unsafe {
                 let interval_ns = (&raw const (*bucket).interval_ns).read_volatile();
-                add(&raw mut (*bucket).tat_ns, interval_ns.wrapping_neg());
+                let word = &raw mut (*bucket).tat_ns;
+                let tat_ns = word.read_volatile();
+                // Never below zero, which would be the end of time. A refund that another change overtakes is lost.
+                if tat_ns > interval_ns {
+                    let _ = compare_exchange(word, tat_ns, tat_ns - interval_ns);
+                }
                 add(&raw mut (*bucket).admitted, u64::MAX);
             }
         }

@@ -18,6 +18,7 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use enforcer_common::abi::{
     Barred, Caller, Connecting, Counter, EndpointKey, MODE_OBSERVE, PUNT_BARRED, Sealed, destination,
+    is_loopback,
 };
 use enforcer_common::head::zero_words;
 
@@ -99,7 +100,8 @@ fn barred<const V6: bool>(ctx: &SockAddrContext, cgroup_id: u64) -> Option<u32> 
     let key = Barred { cgroup_id, endpoint_id, zero: 0 };
     // SAFETY: one word.
     let generation = unsafe { BARRED.get(key) }?;
-    // A wildcard is every address of this host, and of no other.
+    // A wildcard is every address of this host, and of no other; a loopback address is one of each network namespace.
+    let exact = exact && !is_loopback(&target);
     if *generation == config.generation && (exact || listens_here::<V6>(ctx)) {
         Some(endpoint_id)
     } else {

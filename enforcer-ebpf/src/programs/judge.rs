@@ -181,13 +181,13 @@ fn on_head(input: &mut Input<'_>, flow: &mut Flow) -> Outcome {
         Head::NoScratch => return Outcome::dead(Counter::DeadScratch),
         Head::Failed => return Outcome::dead(Counter::DeadHelper),
     };
-    let weighed = weigh::request(flow, verdict, known, now_ns, input.len);
+    let mut weighed = weigh::request(flow, verdict, known, now_ns, input.len);
+    if matches!(weighed.action(), Action::Reply) && input.skb.tcp().is_none_or(tcp::server_blocks) {
+        weighed = weigh::for_the_daemon(flow, Counter::PuntBlockingServer, now_ns);
+    }
     let counter = weighed.counter();
     match weighed.action() {
         Action::Pass => pass_request(input, info, counter),
-        Action::Reply if input.skb.tcp().is_none_or(tcp::server_blocks) => {
-            Outcome::Punt(Counter::PuntBlockingServer, 0)
-        }
         Action::Reply | Action::ReplyAlone => {
             flow.refused += 1;
             refuse(input, info, weighed.reply_id(), counter)

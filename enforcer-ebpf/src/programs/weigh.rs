@@ -4,7 +4,7 @@
 //! afterwards. So what it decides comes back as one word.
 
 use enforcer_common::abi::{
-    CHARGE_GRANT, CHARGE_REFUSED, CHARGE_UNKNOWN, Counter, FLOW_OBSERVE, FLOW_PIPELINED, Flow,
+    CHARGE_GRANT, CHARGE_REFUSED, CHARGE_UNKNOWN, Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, Flow,
     REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict,
 };
 use enforcer_common::limit::RETRY_STEPS;
@@ -109,11 +109,46 @@ extern "C" fn weigh(flow: *mut Flow, verdict: *const Verdict, known: u32, now_ns
         weighed.0
     } else if alone {
         Weighed::new(Action::Dead, Counter::DeadUnavailable).0
-    } else if flow.limited != 0 {
-        Weighed::new(Action::Punt, Counter::PuntLimited).0
+    } else if known != KNOWN && flow.limited != 0 {
+        Weighed::new(Action::Dead, Counter::DeadLimited).0
     } else {
-        Weighed::new(Action::Punt, Counter::PuntReplyTooLong).0
+        let reason = if flow.limited != 0 { Counter::PuntLimited } else { Counter::PuntReplyTooLong };
+        hand_over(flow, reason as u32, now_ns)
     }
+}
+
+/// A known head that the kernel can't answer: for the daemon, which is no more to be flooded with these than with unknown ones.
+#[inline(always)]
+pub(crate) fn for_the_daemon(flow: &mut Flow, reason: Counter, now_ns: u64) -> Weighed {
+    Weighed(hand_over(flow, reason as u32, now_ns))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn hand_over(flow: *mut Flow, reason: u32, now_ns: u64) -> u64 {
+    if flow.is_null() {
+        return Weighed::new(Action::Dead, Counter::DeadHelper).0;
+    }
+    // SAFETY: the callers' pointer is valid; the verifier checks each access against the type's size.
+    let flow = unsafe { &mut *flow };
+    let Some(config) = config() else { return Weighed::new(Action::Dead, Counter::DeadHelper).0 };
+    let observed = flow.flags & FLOW_OBSERVE != 0;
+    if charge_request(flow, 0, CHARGE_UNKNOWN, now_ns) != ADMITTED && !observed {
+        return Weighed::new(Action::Dead, Counter::DeadLimited).0;
+    }
+    if is_alive(config, now_ns) || observed {
+        Action::Punt as u64 | u64::from(reason as u8) << 8
+    } else {
+        Weighed::new(Action::Dead, Counter::DeadUnavailable).0
+    }
+}
+
+/// Whether a daemon has shown itself lately.
+#[inline(always)]
+fn is_alive(config: &Config, now_ns: u64) -> bool {
+    // Signed: it may have done so since `now_ns` was read.
+    let age_ns = now_ns.wrapping_sub(config.heartbeat_ns) as i64;
+    config.abi_version != 0 && age_ns < config.heartbeat_limit_ns as i64
 }
 
 #[inline(always)]
@@ -156,10 +191,7 @@ fn unknown(flow: &mut Flow, reason: u32, now_ns: u64) -> Weighed {
     if let Some(limited) = limited(flow, 0, CHARGE_UNKNOWN, now_ns) {
         return limited;
     }
-    // Signed: the daemon may have shown itself since `now_ns` was read.
-    let age_ns = now_ns.wrapping_sub(config.heartbeat_ns) as i64;
-    let alive = config.abi_version != 0 && age_ns < config.heartbeat_limit_ns as i64;
-    if alive || flow.flags & FLOW_OBSERVE != 0 {
+    if is_alive(config, now_ns) || flow.flags & FLOW_OBSERVE != 0 {
         return Weighed(Action::Punt as u64 | u64::from(reason as u8) << 8);
     }
     Weighed::reply(Action::ReplyAlone, Counter::RefusedUnavailable, flow.unavailable_reply_id)

@@ -144,7 +144,7 @@ fn explain(
     key_errors: Vec<KeyError>,
 ) -> Explanation {
     let (checks, verified) = token::explain(token, server, by.keys, by.now_unix_secs);
-    let revocation = by.revoked.map(|list| list.check(token, verified.as_ref(), server, by.now_unix_secs));
+    let revocation = by.revoked.map(|list| list.check(token, verified.as_ref(), server, by));
     let mut rows = vec![caller::may_call(server, by.caller)];
     rows.extend(checks.into_iter().map(Row::from));
     rows.extend(caller::may_present(server, verified.as_ref(), by.caller));
@@ -187,17 +187,13 @@ fn revoked(global: &Global) -> anyhow::Result<Option<Revoked>> {
 }
 
 impl Revoked {
-    fn check(
-        &self,
-        token: &str,
-        verified: Option<&VerifiedToken>,
-        server: &Server,
-        now_unix_secs: u64,
-    ) -> Check {
+    fn check(&self, token: &str, verified: Option<&VerifiedToken>, server: &Server, by: &By<'_>) -> Check {
+        // Without a caller those of a workload are not looked at.
+        let workload = by.caller.map_or([[1; 16]; 2], |caller| caller.view().name_hashes());
         let fingerprint = self.fingerprinter.fingerprint(token.as_bytes());
         let found = verified.map(|verified| {
             self.list
-                .find(&Subject::of_token(verified, fingerprint, &server.name, [[0; 16]; 2]), now_unix_secs)
+                .find(&Subject::of_token(verified, fingerprint, &server.name, workload), by.now_unix_secs)
         });
         let (outcome, detail) = match found {
             None => (Outcome::Skipped, "an earlier check failed".to_owned()),

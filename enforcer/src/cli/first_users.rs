@@ -12,7 +12,7 @@ use crate::revocation::store::parse_hex;
 
 /// Which workload presented the first token of a principal, where policy binds it to that (`first_use`)
 ///
-/// It keeps the principal's tokens until it is forgotten here, or the enforcement is unloaded. Forget it when the principal really has moved: the
+/// It keeps the principal's tokens until it is forgotten here, the enforcement is unloaded, or the machine is started again. Forget it when the principal really has moved: the
 /// next workload that presents one of its tokens is the first one then.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\

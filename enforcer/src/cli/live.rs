@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use enforcer_common::abi::{
-    Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_FLOWS, MAX_VERDICTS, ServerLabel,
-    Verdict, map, text_str,
+    Bucket, BucketLabel, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_FLOWS, MAX_SOURCES,
+    MAX_VERDICTS, ServerLabel, Source, SourceKey, Verdict, map, text_str,
 };
 
 use super::Global;
@@ -91,6 +91,39 @@ pub(super) fn grant_labels(
         }
     }
     Ok(labels)
+}
+
+/// The buckets of limits in use, by index. The first is no limit's.
+pub(super) fn buckets(live: &Live) -> Result<BTreeMap<u32, Bucket>, LiveError> {
+    let mut buckets = BTreeMap::new();
+    for index in 1..live.limits.len() {
+        let bucket = live.limits.get(&index, 0).map_err(failed_map(map::LIMITS))?;
+        if bucket.serial != 0 {
+            buckets.insert(index, bucket);
+        }
+    }
+    Ok(buckets)
+}
+
+/// The labels of buckets; one that was written for an earlier use is left out.
+pub(super) fn bucket_labels(
+    live: &Live,
+    buckets: &BTreeMap<u32, Bucket>,
+) -> Result<BTreeMap<u32, BucketLabel>, LiveError> {
+    let mut labels = BTreeMap::new();
+    for (index, bucket) in buckets {
+        let label = live.limit_labels.get(index, 0).map_err(failed_map(map::LIMIT_LABELS))?;
+        if label.serial == bucket.serial {
+            labels.insert(*index, label);
+        }
+    }
+    Ok(labels)
+}
+
+/// Where requests without a grant come from. As for flows, the walk is bounded.
+pub(super) fn sources(live: &Live) -> Result<BTreeMap<SourceKey, Source>, LiveError> {
+    let walk = live.sources.iter().take(2 * MAX_SOURCES as usize);
+    walk.collect::<Result<_, _>>().map_err(failed_map(map::SOURCES))
 }
 
 /// The servers, by number.

@@ -116,6 +116,7 @@ enum Command {
     /// Tokens are shown by a keyed fingerprint, the same that stands in the log.
     Grants,
     FirstUsers(first_users::Command),
+    Limits(view::limits::Command),
     Counters(CountersCommand),
     /// Tokens that are refused although issuer and policy would accept them, by number
     Revocations,
@@ -192,6 +193,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Verdicts => view::verdicts(&global),
         Command::Grants => view::grants(&global),
         Command::FirstUsers(command) => first_users::run(&command, &global),
+        Command::Limits(command) => view::limits(&command, &global),
         Command::Counters(command) => view::counters(&global, command.all),
         Command::Revocations => view::revocations(&global),
         Command::Revoke(command) => revoke::run(&command, &global),

@@ -38,7 +38,7 @@ fn usage_errors_are_2_and_help_is_0() {
 
 #[test]
 fn nothing_loaded_is_3_for_those_who_read() {
-    for command in ["status", "servers", "flows", "verdicts", "grants", "counters"] {
+    for command in ["status", "servers", "flows", "verdicts", "grants", "limits", "counters"] {
         assert_eq!(code(&[command, "--bpffs", "/no/such/place"]), exit::NOT_LOADED, "{command}");
     }
 }
@@ -120,7 +120,7 @@ fn a_loaded_enforcement_is_read_and_unloaded() {
 
     let name = enforcement.pins.path().file_name().unwrap().to_str().unwrap().to_owned();
     let on = |arguments: &[&str]| code(&[arguments, &["--pin-name", &name]].concat());
-    for command in ["status", "servers", "flows", "verdicts", "grants", "counters"] {
+    for command in ["status", "servers", "flows", "verdicts", "grants", "limits", "counters"] {
         for output in ["table", "json"] {
             assert_eq!(on(&[command, "--output", output]), OK, "{command}");
         }

@@ -1,6 +1,6 @@
 //! Which token holds which slot of the kernel's grants.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use enforcer_common::abi::{
@@ -22,6 +22,11 @@ pub const GRANT_MAX_NS: u64 = 300 * 1_000_000_000;
 /// How long a slot rests between two grants, and a grant whose time is over before its slot is freed: longer than any program
 /// runs, so that none reads one half old and half new, and none still notes its serial in a flow.
 pub const QUARANTINE_NS: u64 = 2 * 1_000_000_000;
+
+/// Callers that may hold grants of one token at a time: with one a host could take all slots, by its many addresses.
+pub(super) const MAX_CALLERS_PER_TOKEN: u32 = 4_096;
+/// Others that are looked at when a token comes from one more.
+const MAX_OTHERS: usize = 16;
 
 /// Slots that grants which are kept for [`enforcer_common::abi::Flow::evicted_grants`] alone leave to others.
 pub(super) const RESERVED_SLOTS: usize = MAX_GRANTS as usize / 4;
@@ -87,6 +92,8 @@ impl InUse {
 #[derive(Debug)]
 pub struct GrantTable {
     held: BTreeMap<Key, Granted>,
+    /// How many of those each token has.
+    per_token: HashMap<Fingerprint, u32>,
     /// Slots in use, by the end of their grants: also of those that gave way to another grant of the same token.
     by_deadline: BTreeMap<(u64, u32), InUse>,
     /// When tokens end, in Unix seconds, and their slots: what streams must end next.
@@ -104,6 +111,7 @@ impl GrantTable {
     pub fn new(first_serial: u64) -> Self {
         Self {
             held: BTreeMap::new(),
+            per_token: HashMap::new(),
             by_deadline: BTreeMap::new(),
             by_end: BTreeSet::new(),
             resting: VecDeque::new(),
@@ -132,7 +140,7 @@ impl GrantTable {
             if newest && grant.generation == generation && grant.revoked == 0 {
                 let granted =
                     Granted { slot, serial: grant.serial, deadline_ns: grant.deadline_ns, is_new: false };
-                self.held.insert(key, granted);
+                self.hold(key, granted);
             }
         }
         // Slots that were never used need no rest.
@@ -214,18 +222,44 @@ impl GrantTable {
         let evidence = Arc::clone(&token.evidence);
         self.remembered.keep(Claims { serial, server_id: ask.server_id, evidence });
         let granted = Granted { slot, serial, deadline_ns, is_new: held.is_none() };
-        self.held.insert(key, granted);
+        self.hold(key, granted);
         self.by_deadline.insert((deadline_ns, slot), InUse::new(key, serial, token.expires_at, ask.buckets));
         self.by_end.insert((token.not_after_unix_secs, slot));
         Some(granted)
     }
 
-    /// Others that hold a grant of the same token.
+    /// Others that hold a grant of the same token; of many some.
     #[must_use]
     pub fn other_callers(&self, fingerprint: Fingerprint, but: &Origin) -> BTreeSet<Origin> {
         const LAST: Origin = Origin { words: [u64::MAX; 4] };
         let of_token = (fingerprint, Origin::NONE, 0)..=(fingerprint, LAST, u32::MAX);
-        self.held.range(of_token).map(|((_, caller, _), _)| *caller).filter(|caller| caller != but).collect()
+        let callers = self.held.range(of_token).map(|((_, caller, _), _)| *caller);
+        callers.filter(|caller| caller != but).take(MAX_OTHERS).collect()
+    }
+
+    /// Whether a token has so many grants that one more caller gets none.
+    #[must_use]
+    pub fn has_too_many_callers(&self, fingerprint: Fingerprint, caller: &Origin) -> bool {
+        let own = (fingerprint, *caller, 0)..=(fingerprint, *caller, u32::MAX);
+        self.per_token.get(&fingerprint).is_some_and(|held| *held >= MAX_CALLERS_PER_TOKEN)
+            && self.held.range(own).next().is_none()
+    }
+
+    fn hold(&mut self, key: Key, granted: Granted) {
+        if self.held.insert(key, granted).is_none() {
+            *self.per_token.entry(key.0).or_default() += 1;
+        }
+    }
+
+    fn let_go(&mut self, key: &Key) {
+        if self.held.remove(key).is_some()
+            && let Some(held) = self.per_token.get_mut(&key.0)
+        {
+            *held -= 1;
+            if *held == 0 {
+                self.per_token.remove(&key.0);
+            }
+        }
     }
 
     /// Buckets that grants name, also those whose time is over.
@@ -320,7 +354,7 @@ impl GrantTable {
             self.by_deadline.remove(&at);
             self.by_end.remove(&(current.ends_at_unix_secs, slot));
             if self.held.get(&key).is_some_and(|held| held.slot == slot) {
-                self.held.remove(&key);
+                self.let_go(&key);
             }
             self.resting.push_back((now.boot_ns.saturating_add(QUARANTINE_NS), slot));
         }

@@ -66,11 +66,14 @@ impl<'a> Payer<'a> {
         match limit.per {
             Dimension::Server => same(self.server.name.clone()),
             Dimension::Source => same(network(self.caller.address, limit.ipv4_prefix, limit.ipv6_prefix)),
+            Dimension::Workload if self.caller.workload.is_none() => {
+                same(unknown_network(self.caller.address))
+            }
             Dimension::Workload => same(self.caller.workload_name()),
             // An unknown caller's user is not known either; its address tells it from others.
             Dimension::Uid => same(match self.caller.workload {
                 Some(_) => self.caller.uid.to_string(),
-                None => format!("unknown, {}", self.caller.address.to_canonical()),
+                None => format!("unknown, {}", unknown_network(self.caller.address)),
             }),
             Dimension::Principal => {
                 let client_id = self.client_id.as_deref().map(|id| format!(" ({id})")).unwrap_or_default();
@@ -91,6 +94,14 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Stands for a caller that is not known: its address, of IPv6 the network that one host has for itself.
+fn unknown_network(address: IpAddr) -> String {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => v4.to_string(),
+        v6 => network(v6, 32, 64),
+    }
+}
+
 /// The network of an address with the prefix for its family.
 fn network(address: IpAddr, ipv4_prefix: u8, ipv6_prefix: u8) -> String {
     let kept = |all: u32, prefix: u8| all - u32::from(prefix).min(all);
@@ -107,10 +118,23 @@ fn network(address: IpAddr, ipv4_prefix: u8, ipv6_prefix: u8) -> String {
     format!("{network}/{prefix}")
 }
 
-/// Interval, depth and places of a limit's buckets.
-fn shape(limit: &Limit) -> (u64, u64, u64) {
-    let (interval_ns, burst_ns) = limit.rate.map_or((0, 0), |rate| (rate.interval_ns, rate.burst_ns()));
-    (interval_ns, burst_ns, limit.streams.map_or(UNLIMITED, u64::from))
+/// What a bucket allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// See [`Bucket::interval_ns`].
+    pub interval_ns: u64,
+    /// See [`Bucket::burst_ns`].
+    pub burst_ns: u64,
+    /// See [`Bucket::max_open`].
+    pub max_open: u64,
+}
+
+impl Shape {
+    /// What a limit's buckets allow.
+    fn of(limit: &Limit) -> Self {
+        let (interval_ns, burst_ns) = limit.rate.map_or((0, 0), |rate| (rate.interval_ns, rate.burst_ns()));
+        Self { interval_ns, burst_ns, max_open: limit.streams.map_or(UNLIMITED, u64::from) }
+    }
 }
 
 /// The buckets that are in use.
@@ -201,8 +225,7 @@ impl BucketTable {
             let key = name_hash(&format!("{}\0{}\0{exact}", limit.name, limit.per.name()));
             *to = match self.by_key.get(&key) {
                 Some(index) => {
-                    let (interval_ns, burst_ns, max_open) = shape(limit);
-                    datapath.limit_bucket(*index, interval_ns, burst_ns, max_open).ok()?;
+                    datapath.limit_bucket(*index, &Shape::of(limit), now.boot_ns).ok()?;
                     *index
                 }
                 None => self.begin(key, limit, &shown, now, datapath)?,
@@ -232,7 +255,7 @@ impl BucketTable {
         };
         let serial = self.next_serial;
         self.next_serial += 1;
-        let (interval_ns, burst_ns, max_open) = shape(limit);
+        let Shape { interval_ns, burst_ns, max_open } = Shape::of(limit);
         let bucket =
             Bucket { tat_ns: 0, interval_ns, burst_ns, open: 0, max_open, admitted: 0, limited: 0, serial };
         let label = BucketLabel {

@@ -29,7 +29,7 @@ pub use doomed::{Doomed, DoomedQueue};
 pub use endpoints::{EndpointPolicy, Endpoints, endpoint_keys};
 pub use engine::{Engine, EngineError, KeyRequest, Orphan, Secrets};
 pub use grants::{GRANT_MAX_NS, GrantFor, GrantTable, Granted, QUARANTINE_NS};
-pub use limits::{BucketTable, GrantBuckets, Payer};
+pub use limits::{BucketTable, GrantBuckets, Payer, Shape};
 pub use numbers::{Numbers, NumbersError};
 pub use remembered::Claims;
 pub use replies::ReplyTable;
@@ -43,8 +43,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use enforcer_common::abi::{
-    Bucket, BucketLabel, Caller, Ends, FirstUser, Flow, Grant, GrantLabel, HeadDigest, NameHash, Origin,
-    Reply, Verdict,
+    Bucket, BucketLabel, Ends, FirstUser, Flow, Grant, GrantLabel, HeadDigest, NameHash, Origin, Reply,
+    Verdict,
 };
 use enforcer_common::flow::Ctl;
 
@@ -55,8 +55,10 @@ use crate::workload::{CallerView, Workload};
 /// Who is calling on a connection, as far as it is known.
 #[derive(Debug, Clone)]
 pub struct CallerFacts {
-    /// What the kernel noted when the process connected.
-    pub caller: Caller,
+    /// Its user; of an unknown caller it means nothing.
+    pub uid: u32,
+    /// It is on this host, and known to the kernel. Its workload may be gone.
+    pub is_known: bool,
     /// Its workload; `None` for an unknown caller.
     pub workload: Option<Arc<Workload>>,
     /// Where the connection comes from.
@@ -64,14 +66,14 @@ pub struct CallerFacts {
 }
 
 impl CallerFacts {
-    /// Nothing is known, also no address: of a connection without a record.
+    /// Nothing is known, also no address.
     pub const NOTHING: Self =
-        Self { caller: Caller::UNKNOWN, workload: None, address: IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+        Self { uid: u32::MAX, is_known: false, workload: None, address: IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
 
     /// As policy asks for it.
     #[must_use]
     pub fn view(&self) -> CallerView<'_> {
-        CallerView { workload: self.workload.as_deref(), uid: self.caller.uid, address: self.address }
+        CallerView { workload: self.workload.as_deref(), uid: self.uid, address: self.address }
     }
 }
 
@@ -163,8 +165,8 @@ pub trait Datapath {
     /// It is not remembered, because the table is full, say.
     fn set_first_user(&mut self, key: &NameHash, user: &FirstUser) -> Result<(), Self::Error>;
 
-    /// Who is calling on a flow; [`CallerFacts::NOTHING`] if it has no record.
-    fn caller(&mut self, cookie: u64) -> CallerFacts;
+    /// Who is calling on a flow that comes from `origin`. Whatever has become of the flow's record, it is who the kernel tells from others by that.
+    fn caller(&mut self, cookie: u64, origin: &Origin) -> CallerFacts;
 
     /// Writes a verdict.
     ///
@@ -208,17 +210,11 @@ pub trait Datapath {
     /// It must not be used.
     fn begin_bucket(&mut self, index: u32, bucket: &Bucket, label: &BucketLabel) -> Result<(), Self::Error>;
 
-    /// Changes a bucket's limit: nanoseconds per request, depth in nanoseconds, places.
+    /// Gives a bucket another limit; see [`enforcer_common::limit::changed`] for what becomes of its fill.
     ///
     /// # Errors
     /// It may be half changed.
-    fn limit_bucket(
-        &mut self,
-        index: u32,
-        interval_ns: u64,
-        burst_ns: u64,
-        max_open: u64,
-    ) -> Result<(), Self::Error>;
+    fn limit_bucket(&mut self, index: u32, shape: &Shape, now_ns: u64) -> Result<(), Self::Error>;
 
     /// Ends a bucket that nobody uses: what is charged to it from now on is refused.
     ///
@@ -237,6 +233,12 @@ pub trait Datapath {
     /// # Errors
     /// It is over a limit, for so many nanoseconds.
     fn charge(&mut self, cookie: u64, buckets: &GrantBuckets, now_ns: u64) -> Result<(), u64>;
+
+    /// Charges a request to where it comes from, as one that the kernel does not know, because the kernel did not see its head begin.
+    ///
+    /// # Errors
+    /// It is over the limit, for so many nanoseconds.
+    fn charge_source(&mut self, origin: &Origin, now_ns: u64) -> Result<(), u64>;
 
     /// Writes a response template.
     ///

@@ -25,6 +25,7 @@ use crate::token::testing::{NOW, World};
 mod callers;
 mod evicted;
 mod grants;
+mod limits;
 mod revoked;
 mod switch;
 
@@ -62,6 +63,10 @@ pub(super) struct Fake {
     steps_at: Vec<u32>,
     calls: u32,
     caller: CallerFacts,
+    /// Requests that were charged to where they come from.
+    source_charges: u32,
+    /// What those are over.
+    source_wait_ns: Option<u64>,
 }
 
 impl Fake {
@@ -163,7 +168,7 @@ impl Datapath for Fake {
         Ok(())
     }
 
-    fn caller(&mut self, _cookie: u64) -> CallerFacts {
+    fn caller(&mut self, _cookie: u64, _origin: &Origin) -> CallerFacts {
         self.caller.clone()
     }
 
@@ -206,15 +211,12 @@ impl Datapath for Fake {
         Ok(())
     }
 
-    fn limit_bucket(
-        &mut self,
-        index: u32,
-        interval_ns: u64,
-        burst_ns: u64,
-        max_open: u64,
-    ) -> Result<(), Self::Error> {
+    fn limit_bucket(&mut self, index: u32, shape: &Shape, now_ns: u64) -> Result<(), Self::Error> {
         let (bucket, _) = self.buckets.get_mut(&index).ok_or("no such bucket")?;
-        *bucket = Bucket { interval_ns, burst_ns, max_open, ..*bucket };
+        let Shape { interval_ns, burst_ns, max_open } = *shape;
+        let (old, new) = ((bucket.interval_ns, bucket.burst_ns), (interval_ns, burst_ns));
+        let tat_ns = enforcer_common::limit::changed(bucket.tat_ns, now_ns, old, new);
+        *bucket = Bucket { tat_ns, interval_ns, burst_ns, max_open, ..*bucket };
         Ok(())
     }
 
@@ -237,6 +239,11 @@ impl Datapath for Fake {
         Ok(())
     }
 
+    fn charge_source(&mut self, _origin: &Origin, _now_ns: u64) -> Result<(), u64> {
+        self.source_charges += 1;
+        self.source_wait_ns.map_or(Ok(()), Err)
+    }
+
     fn set_reply(&mut self, _id: u32, _reply: &Reply) -> Result<(), Self::Error> {
         Ok(())
     }
@@ -256,6 +263,8 @@ struct Bench {
     offset_bytes: u64,
     epoch: u32,
     origin: Origin,
+    /// The server's send sequence.
+    write_seq: u32,
 }
 
 impl Bench {
@@ -285,6 +294,7 @@ impl Bench {
             offset_bytes: 0,
             epoch: EPOCH,
             origin: Origin::NONE,
+            write_seq: 0,
         }
     }
 
@@ -311,7 +321,7 @@ impl Bench {
             flags,
             endpoint_id: 0,
             reason: 0,
-            write_seq: 0,
+            write_seq: self.write_seq,
             interface: 0,
             origin: self.origin,
         };

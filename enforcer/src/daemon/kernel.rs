@@ -14,7 +14,7 @@ use enforcer_common::flow::Ctl;
 use tracing::{debug, error, warn};
 
 use crate::cli::format;
-use crate::core::{CallerFacts, Datapath, Doomed, DoomedQueue, GrantBuckets, HandBack};
+use crate::core::{CallerFacts, Datapath, Doomed, DoomedQueue, GrantBuckets, HandBack, Shape};
 use crate::datapath::{Injectors, LiveError, Maps, NamespaceSearch, Searched, SocketDestroyer};
 use crate::http::answer::Answer;
 use crate::lifecycle::paths;
@@ -75,6 +75,7 @@ impl Kernel {
     pub(super) fn new(maps: Maps, injectors: Injectors) -> std::io::Result<Self> {
         let mut destroyer = SocketDestroyer::default();
         destroyer.add_here()?;
+        let barred = (maps.all_barred(), 0);
         Ok(Self {
             maps,
             injectors,
@@ -84,13 +85,24 @@ impl Kernel {
             links: Vec::new(),
             doomed: DoomedQueue::default(),
             unsettled: None,
-            barred: (BTreeSet::new(), 0),
+            barred,
             workloads: paths::cgroup2_root().ok().map(Workloads::new),
         })
     }
 
     pub(super) fn maps(&mut self) -> &mut Maps {
         &mut self.maps
+    }
+
+    /// Who that is. A process that may be in the workload saves a walk.
+    fn facts(&mut self, origin: &Origin, pid: u32) -> CallerFacts {
+        let caller = Caller { cgroup_id: origin.cgroup_id(), uid: origin.uid(), pid, ..Caller::UNKNOWN };
+        CallerFacts {
+            uid: origin.uid(),
+            is_known: caller.is_known(),
+            workload: self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller)),
+            address: IpAddr::from(origin.address()).to_canonical(),
+        }
     }
 
     /// Says who may not connect under this generation of the policy. Who can't be written is judged by its requests.
@@ -317,10 +329,7 @@ impl Datapath for Kernel {
     }
 
     fn holder(&mut self, caller: &Origin) -> CallerFacts {
-        let address = IpAddr::from(caller.address()).to_canonical();
-        let caller = Caller { cgroup_id: caller.cgroup_id(), uid: caller.uid(), ..Caller::UNKNOWN };
-        let workload = self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller));
-        CallerFacts { caller, workload, address }
+        self.facts(caller, 0)
     }
 
     fn first_user(&mut self, key: &NameHash) -> Result<Option<FirstUser>, KernelError> {
@@ -335,10 +344,10 @@ impl Datapath for Kernel {
         Ok(self.maps.live.first_users.insert(key, user, BPF_NOEXIST)?)
     }
 
-    fn caller(&mut self, cookie: u64) -> CallerFacts {
-        let Ok(flow) = self.maps.live.flows.get(&cookie, 0) else { return CallerFacts::NOTHING };
-        let workload = self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&flow.caller));
-        CallerFacts { caller: flow.caller, workload, address: format::ip(&flow.peer) }
+    fn caller(&mut self, cookie: u64, origin: &Origin) -> CallerFacts {
+        // The process helps to find the workload, and nothing more: the record may be gone, or another flow's.
+        let pid = self.maps.live.flows.get(&cookie, 0).map_or(0, |flow| flow.caller.pid);
+        self.facts(origin, pid)
     }
 
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), KernelError> {
@@ -372,14 +381,8 @@ impl Datapath for Kernel {
         Ok(())
     }
 
-    fn limit_bucket(
-        &mut self,
-        index: u32,
-        interval_ns: u64,
-        burst_ns: u64,
-        max_open: u64,
-    ) -> Result<(), KernelError> {
-        self.maps.buckets.limit(index, interval_ns, burst_ns, max_open);
+    fn limit_bucket(&mut self, index: u32, shape: &Shape, now_ns: u64) -> Result<(), KernelError> {
+        self.maps.buckets.limit(index, shape, now_ns);
         Ok(())
     }
 
@@ -399,6 +402,10 @@ impl Datapath for Kernel {
         }
         let held = self.maps.live.flows.get(&cookie, 0).map(|flow| flow.buckets).unwrap_or_default();
         self.maps.buckets.charge(buckets, &held, now_ns)
+    }
+
+    fn charge_source(&mut self, origin: &Origin, now_ns: u64) -> Result<(), u64> {
+        self.maps.charge_source(origin, now_ns)
     }
 
     fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), KernelError> {

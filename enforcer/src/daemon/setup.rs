@@ -76,6 +76,9 @@ pub(super) fn load(
     let config = with_limits(config, policy, &mut engine, &mut kernel)?;
     kernel.maps().set_config(config)?;
     state.inherit(pins, &mut kernel.maps().live)?;
+    for (key, user) in datapath::first_users_left_behind(pins) {
+        kernel.maps().live.first_users.insert(key, user, 0)?;
+    }
     state.bring_together(&mut kernel.maps().live, policy, super::now().unix_secs)?;
     kernel.maps().live.shield.apply(policy)?;
     loaded.attach(cgroup)?;

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::{MapData, MapError};
 use enforcer_common::abi::{Bucket, GRANT_BUCKETS, MAX_BUCKETS, map};
-use enforcer_common::limit::{PLACE_WAIT_NS, admit};
+use enforcer_common::limit::{PLACE_WAIT_NS, admit, changed};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::{LiveError, PinDir};
+use crate::core::Shape;
 
 /// Words of a [`Bucket`], by their place.
 const WORDS: usize = size_of::<Bucket>() / 8;
@@ -105,17 +106,27 @@ impl Buckets {
         self.write(index, OPEN, bucket.open);
         self.write(index, ADMITTED, bucket.admitted);
         self.write(index, LIMITED, bucket.limited);
-        self.limit(index, bucket.interval_ns, bucket.burst_ns, bucket.max_open);
+        self.write(index, INTERVAL, bucket.interval_ns);
+        self.write(index, BURST, bucket.burst_ns);
+        self.write(index, MAX_OPEN, bucket.max_open);
         if let Some(serial) = self.word(index, SERIAL) {
             serial.store(bucket.serial, Ordering::Release);
         }
     }
 
-    /// Changes a bucket's limit.
-    pub fn limit(&self, index: u32, interval_ns: u64, burst_ns: u64, max_open: u64) {
-        self.write(index, INTERVAL, interval_ns);
-        self.write(index, BURST, burst_ns);
-        self.write(index, MAX_OPEN, max_open);
+    /// Changes a bucket's limit. A request that is charged at the same moment may be charged by half of each.
+    pub fn limit(&self, index: u32, shape: &Shape, now_ns: u64) {
+        let old = (self.read(index, INTERVAL), self.read(index, BURST));
+        let new = (shape.interval_ns, shape.burst_ns);
+        if old != new {
+            if let Some(word) = self.word(index, TAT) {
+                let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+                let _ = word.fetch_update(success, failure, |tat_ns| Some(changed(tat_ns, now_ns, old, new)));
+            }
+            self.write(index, INTERVAL, new.0);
+            self.write(index, BURST, new.1);
+        }
+        self.write(index, MAX_OPEN, shape.max_open);
     }
 
     /// Ends a bucket: it refuses what is charged to it.
@@ -143,7 +154,7 @@ impl Buckets {
             if let Err(wait_ns) = self.charge_one(index, held.contains(&index), now_ns) {
                 self.add(index, LIMITED, 1);
                 for index in named().take(charged) {
-                    self.add(index, TAT, self.read(index, INTERVAL).wrapping_neg());
+                    self.refund(index);
                     self.add(index, ADMITTED, u64::MAX);
                 }
                 return Err(wait_ns);
@@ -151,6 +162,15 @@ impl Buckets {
             self.add(index, ADMITTED, 1);
         }
         Ok(())
+    }
+
+    /// Never below zero, which would be the end of time.
+    fn refund(&self, index: u32) {
+        let interval_ns = self.read(index, INTERVAL);
+        if let Some(word) = self.word(index, TAT) {
+            let less = |tat_ns: u64| tat_ns.checked_sub(interval_ns);
+            let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        }
     }
 
     fn charge_one(&self, index: u32, held: bool, now_ns: u64) -> Result<(), u64> {

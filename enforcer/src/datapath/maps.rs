@@ -1,15 +1,17 @@
 //! The pinned maps, opened by name.
 
 use std::borrow::{Borrow, BorrowMut};
+use std::collections::BTreeSet;
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
     ABI_VERSION, Barred, Bucket, BucketLabel, Config, Counter, DaemonState, Endpoint, EndpointKey, FirstUser,
-    Flow, Grant, GrantLabel, HeadDigest, MAX_FIRST_USERS, MAX_FLOWS, NameHash, ReasonName, Reply, Revocation,
-    Sealed, ServerLabel, Source, SourceKey, Verdict, map, text,
+    Flow, Grant, GrantLabel, HeadDigest, MAX_BARRED, MAX_FIRST_USERS, MAX_FLOWS, NameHash, Origin,
+    ReasonName, Reply, Revocation, Sealed, ServerLabel, Source, SourceKey, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
+use enforcer_common::limit::admit;
 
 use super::shield::ShieldMaps;
 use super::{Buckets, PinDir};
@@ -175,6 +177,15 @@ fn get<T: Borrow<MapData>, V: Pod>(
     array.get(&index, 0).map_err(|source| LiveError::Map { name, source })
 }
 
+/// The first users that the maps of an earlier enforcement hold, if they can be read.
+#[must_use]
+pub fn first_users_left_behind(pins: &PinDir) -> Vec<(NameHash, FirstUser)> {
+    let opened: Result<HashMap<MapData, NameHash, FirstUser>, _> = open(pins, map::FIRST_USERS, Map::HashMap);
+    let all =
+        opened.map(|users| users.iter().take(MAX_FIRST_USERS as usize).filter_map(Result::ok).collect());
+    all.unwrap_or_default()
+}
+
 /// What the daemon writes.
 pub struct Maps {
     /// What can be looked at.
@@ -292,6 +303,12 @@ impl Maps {
         self.barred.insert(key, generation, 0).map_err(failed)
     }
 
+    /// All that an earlier daemon barred.
+    #[must_use]
+    pub fn all_barred(&self) -> BTreeSet<Barred> {
+        self.barred.keys().take(2 * MAX_BARRED as usize).filter_map(Result::ok).collect()
+    }
+
     /// Takes that back; what is not there is fine.
     pub fn unbar(&mut self, key: &Barred) {
         let _ = self.barred.remove(key);
@@ -336,6 +353,31 @@ impl Maps {
     /// See [`LiveError`].
     pub fn set_limit_label(&mut self, index: u32, label: &BucketLabel) -> Result<(), LiveError> {
         set(&mut self.live.limit_labels, map::LIMIT_LABELS, index, *label)
+    }
+
+    /// Charges a request that the kernel does not know to where it comes from, as the kernel does. One that is charged there at this very
+    /// moment may be forgotten.
+    ///
+    /// # Errors
+    /// It is over the limit, for so many nanoseconds; what can't be read or written refuses.
+    pub fn charge_source(&mut self, origin: &Origin, now_ns: u64) -> Result<(), u64> {
+        const NEVER_NS: u64 = u64::MAX;
+        let config = self.live.configuration().map_err(|_| NEVER_NS)?;
+        let key = SourceKey::of(origin);
+        let mut source = match self.live.sources.get(&key, 0) {
+            Ok(source) => source,
+            Err(MapError::KeyNotFound) => Source { unknown_tat_ns: 0, refused_tat_ns: 0, limited: 0 },
+            Err(_) => return Err(NEVER_NS),
+        };
+        let (interval_ns, burst_ns) = (config.unknown_interval_ns, config.unknown_burst_ns);
+        let charged = admit(source.unknown_tat_ns, now_ns, interval_ns, burst_ns);
+        match charged {
+            Ok(next_ns) if next_ns == source.unknown_tat_ns => return Ok(()),
+            Ok(next_ns) => source.unknown_tat_ns = next_ns,
+            Err(_) => source.limited += 1,
+        }
+        self.live.sources.insert(key, source, 0).map_err(|_| NEVER_NS)?;
+        charged.map(|_| ())
     }
 
     /// Writes a server's label.

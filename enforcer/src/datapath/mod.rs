@@ -19,7 +19,7 @@ pub use buckets::Buckets;
 pub use inject::{InjectError, Injectors};
 pub use living::{Living, attached_cgroup, object_hash};
 pub use load::{LoadError, Loaded, load, replace};
-pub use maps::{Live, LiveError, Maps};
+pub use maps::{Live, LiveError, Maps, first_users_left_behind};
 pub use memory::{MapMemory, map_memory};
 pub use netns::SocketDestroyer;
 pub use netns_search::{NamespaceSearch, Searched};

@@ -7,7 +7,7 @@ use enforcer_common::abi::{
     Revocation,
 };
 
-use super::{Subject, is_over, matches};
+use super::{Subject, UNNAMED, is_over, matches};
 
 /// Revocations by their numbers.
 pub type Revocations = BTreeMap<u64, Revocation>;
@@ -56,9 +56,16 @@ impl RevocationList {
             (REVOKE_SERVER, subject.server),
             (0, NameHash::default()),
         ];
+        let unnamed = subject.workload == UNNAMED;
+        let of_any_workload = self
+            .by_value
+            .iter()
+            .filter(|(place, _)| unnamed && place.0 == REVOKE_WORKLOAD)
+            .map(|(_, found)| found);
         places
             .iter()
             .filter_map(|place| self.by_value.get(place))
+            .chain(of_any_workload)
             .flatten()
             .find(|(_, revocation)| !is_over(revocation, now_unix_secs) && matches(revocation, subject))
             .map(|(id, revocation)| (*id, revocation))

@@ -31,6 +31,9 @@ pub fn name_hash(name: &str) -> NameHash {
     hash
 }
 
+/// Hashes of the names of a workload that has hidden them: what is revoked for any workload is revoked for it.
+pub const UNNAMED: [NameHash; 2] = [[0; 16]; 2];
+
 /// What a revocation is compared with: a token at a server, presented by a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Subject {
@@ -99,7 +102,9 @@ pub fn selects(revocation: &Revocation, subject: &Subject) -> bool {
         && (!asks(REVOKE_SUBJECT) || revocation.subject_hash == subject.subject)
         && (!asks(REVOKE_CLIENT) || revocation.client_hash == subject.client)
         && (!asks(REVOKE_SERVER) || revocation.server_hash == subject.server)
-        && (!asks(REVOKE_WORKLOAD) || subject.workload.contains(&revocation.workload_hash))
+        && (!asks(REVOKE_WORKLOAD)
+            || subject.workload == UNNAMED
+            || subject.workload.contains(&revocation.workload_hash))
 }
 
 /// Whether a revocation means this token: it selects it, and the token was issued before it. A token that does not say when it was

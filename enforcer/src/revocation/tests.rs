@@ -107,3 +107,15 @@ fn a_revocation_ends() {
     assert!(list.find(&alice(), AT + 100).is_none());
     assert!(!is_over(&revocation(0), AT + 99) && is_over(&revocation(0), AT + 100));
 }
+
+#[test]
+fn who_hides_its_name_is_meant_by_what_means_any_workload() {
+    let hidden = Subject { workload: UNNAMED, ..alice() };
+    for selectors in [REVOKE_WORKLOAD, REVOKE_WORKLOAD | REVOKE_SUBJECT] {
+        let revocation = revocation(selectors);
+        let list = RevocationList::new(&[(1, revocation)].into());
+        assert!(matches(&revocation, &hidden) && list.find(&hidden, AT).is_some());
+        let other = Subject { subject: name_hash("bob"), ..hidden };
+        assert_eq!(list.find(&other, AT).is_some(), selectors & REVOKE_SUBJECT == 0);
+    }
+}

@@ -6,7 +6,7 @@ use enforcer_common::abi::NameHash;
 
 use super::Workload;
 use crate::policy::WorkloadRule;
-use crate::revocation::name_hash;
+use crate::revocation::{UNNAMED, name_hash};
 
 /// Who is calling, as far as it is known.
 #[derive(Debug, Clone, Copy)]
@@ -48,9 +48,23 @@ impl CallerView<'_> {
         self.workload.map_or_else(|| self.address.to_canonical().to_string(), Workload::name)
     }
 
-    /// Hashes of the name that lasts and of the one that is shown: what a revocation may mean it by.
+    /// Whether its name is its own: its workload was found, or it has an address that is not every process's of this host. A workload can hide its
+    /// name, by being gone, and then has that of others.
+    #[must_use]
+    pub fn has_name(&self) -> bool {
+        match self.workload {
+            Some(workload) => workload.cgroup_path.is_some(),
+            None => !self.address.to_canonical().is_loopback(),
+        }
+    }
+
+    /// Hashes of the name that lasts and of the one that is shown: what a revocation may mean it by. [`UNNAMED`] without a name: that may be
+    /// anybody.
     #[must_use]
     pub fn name_hashes(&self) -> [NameHash; 2] {
+        if !self.has_name() {
+            return UNNAMED;
+        }
         [name_hash(&self.workload_name()), name_hash(&self.shown_name())]
     }
 }

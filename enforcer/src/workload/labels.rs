@@ -14,7 +14,7 @@ use super::Identity;
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Of more labels, or longer ones, none is taken: which of them count must not depend on their order.
 const MAX_LABELS: usize = 512;
-const MAX_LABEL_BYTES: usize = 64 << 10;
+const MAX_LABEL_BYTES: usize = 8 << 10;
 /// How many namespaces of containerd are looked into.
 const MAX_NAMESPACES: usize = 64;
 

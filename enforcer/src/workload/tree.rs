@@ -123,11 +123,16 @@ impl Workloads {
             return None;
         }
         let id = caller.cgroup_id;
-        if let Some(known) = self.known.get(&id) {
+        let known = self.known.get(&id).map(Arc::clone);
+        if let Some(known) = known.as_ref().filter(|known| known.cgroup_path.is_some()) {
             return Some(Arc::clone(known));
         }
+        // Also of one that was not found before: the process knows better.
         if let Some(path) = self.path_of_process(caller) {
             return Some(self.remember(id, Some(path)));
+        }
+        if known.is_some() {
+            return known;
         }
         let walked = self.walk();
         match self.paths.get(&id) {
@@ -152,11 +157,14 @@ impl Workloads {
 
     /// The process may have ended, and another have its number, or it may have gone elsewhere since: then the directory is another one.
     fn path_of_process(&self, caller: &Caller) -> Option<String> {
+        if caller.pid == 0 {
+            return None;
+        }
         let path = path_of(caller.pid).ok()?;
         (self.id_of(&path).ok()? == caller.cgroup_id).then_some(path)
     }
 
-    /// Looks through the hierarchy, unless that was just done: whether it did.
+    /// Looks through the hierarchy, unless that was just done: whether it did, and saw all.
     fn walk(&mut self) -> bool {
         let begin = Instant::now();
         if self.next_walk.is_some_and(|next| begin < next) {
@@ -165,7 +173,7 @@ impl Workloads {
         self.paths = cgroups(&self.root).take(MAX_CGROUPS).collect();
         let end = Instant::now();
         self.next_walk = Some(end + ((end - begin) * WALK_SHARE).max(MIN_INTERVAL));
-        true
+        self.paths.len() < MAX_CGROUPS
     }
 }
 

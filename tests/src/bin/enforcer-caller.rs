@@ -33,6 +33,9 @@ struct Arguments {
     /// Send the request in the SYN
     #[arg(long)]
     fast_open: bool,
+    /// Send the request so many times, one after the other, on the one connection
+    #[arg(long, default_value_t = 1)]
+    times: u32,
     /// Initial sequence number (needs root)
     #[arg(long)]
     initial_seq: Option<u32>,
@@ -65,8 +68,11 @@ fn main() -> Result<()> {
     let mut connection = Connection::over(stream, TIMEOUT)?;
     println!("connected {}", connection.local_addr()?);
     if !request.is_empty() {
-        connection.send(request.get(sent..).unwrap_or_default())?;
-        tell(&mut connection);
+        for _ in 0..arguments.times {
+            connection.send(request.get(sent..).unwrap_or_default())?;
+            sent = 0;
+            tell(&mut connection);
+        }
     }
     for file in &arguments.then {
         connection.send(&std::fs::read(file)?)?;

@@ -27,6 +27,10 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 const DRAIN_SECS: &str = "3";
 
+/// The workload that a subject's tokens belong to, by the demo's policy.
+pub(super) const AGENT: &str = "agent-a.service";
+/// That subject.
+pub(super) const BOUND_SUBJECT: &str = "erin";
 /// The scope that the demo's policy asks for.
 pub(super) const SCOPE: &str = "tools.call";
 
@@ -58,7 +62,7 @@ impl Stage {
             issuer,
             issuer_server,
             directory: tempfile::tempdir().context("cannot make a directory for the policy")?,
-            cgroup: Cgroup::new("demo")?,
+            cgroup: Cgroup::new("demo.slice")?,
         })
     }
 
@@ -76,6 +80,11 @@ impl Stage {
 
     pub(super) fn cgroup(&self) -> &Path {
         self.cgroup.path()
+    }
+
+    /// A workload below the guarded cgroup, which it shares with the server.
+    pub(super) fn workload(&self, name: &str) -> Result<Cgroup> {
+        self.cgroup.child(name)
     }
 
     /// Starts the MCP server in the cgroup.
@@ -124,7 +133,11 @@ impl Stage {
              \x20   listen: [\"{addr}\"]\n\
              \x20   resource: {resource}\n\
              \x20   issuers: [demo]\n\
-             \x20   scopes: [{SCOPE}]\n",
+             \x20   scopes: [{SCOPE}]\n\
+             workloads:\n\
+             \x20 - {{name: agent-a, unit: {AGENT}}}\n\
+             bind:\n\
+             \x20 - {{subject: {BOUND_SUBJECT}, workloads: [agent-a]}}\n",
             issuer = self.issuer.uri(),
             keys = self.issuer_server.jwks_url(),
             addr = self.addr()?,

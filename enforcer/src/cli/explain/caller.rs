@@ -112,7 +112,7 @@ impl Caller {
         }
     }
 
-    fn view(&self) -> CallerView<'_> {
+    pub(super) fn view(&self) -> CallerView<'_> {
         CallerView { workload: self.workload.as_ref(), uid: self.uid, address: self.address }
     }
 

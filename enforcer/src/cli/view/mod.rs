@@ -3,6 +3,7 @@
 mod counters;
 mod flows;
 mod grants;
+pub(super) mod limits;
 pub(super) mod revocations;
 mod servers;
 pub(super) mod shield;
@@ -16,7 +17,7 @@ mod workloads;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use enforcer_common::abi::Flow;
+use enforcer_common::abi::{Caller, Flow};
 
 use super::exit::{NOT_LOADED, OK};
 use super::format::unix_secs;
@@ -46,6 +47,7 @@ pub(super) fn status(global: &Global) -> anyhow::Result<u8> {
         flows: live::flows(&live)?.len(),
         verdicts: live::verdicts(&live)?.len(),
         grants: live::grants(&live)?.len(),
+        limits: live::buckets(&live)?.len(),
         revocations: live.revocations()?.len(),
         memory: map_memory(&pins)?,
         unguarded: unguarded::Summary::of(find(&pins)),
@@ -134,6 +136,26 @@ pub(super) fn grants(global: &Global) -> anyhow::Result<u8> {
     let (config, servers) = (live.configuration()?, live::servers(&live)?);
     print(global.output, &grants::Grants::of(&grants, &labels, &servers, &config, live::now_ns()))?;
     Ok(OK)
+}
+
+pub(super) fn limits(command: &limits::Command, global: &Global) -> anyhow::Result<u8> {
+    let live = live::open(global)?;
+    let buckets = live::buckets(&live)?;
+    let labels = live::bucket_labels(&live, &buckets)?;
+    let mut shown = limits::Limits::of(command, &buckets, &labels, live::now_ns());
+    if command.wants_sources() {
+        let (sources, config) = (live::sources(&live)?, live.configuration()?);
+        let callers = sources.keys().map(|key| Caller { cgroup_id: key.cgroup_id, ..Caller::UNKNOWN });
+        shown = shown.with_sources(&sources, &resolved(callers), &config, live::now_ns());
+    }
+    print(global.output, &shown)?;
+    Ok(OK)
+}
+
+/// The workloads of callers, as far as they can be seen from here.
+fn resolved(callers: impl Iterator<Item = Caller>) -> BTreeMap<u64, Arc<Workload>> {
+    let Ok(mut resolver) = paths::cgroup2_root().map(Workloads::new) else { return BTreeMap::new() };
+    callers.filter_map(|caller| Some((caller.cgroup_id, resolver.of_caller(&caller)?))).collect()
 }
 
 pub(super) fn revocations(global: &Global) -> anyhow::Result<u8> {

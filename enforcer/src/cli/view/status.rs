@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use enforcer_common::abi::{
-    ABI_VERSION, Config, MAX_FLOWS, MAX_GRANTS, MAX_REVOCATIONS, MAX_VERDICTS, MODE_ENFORCE, MODE_OBSERVE,
+    ABI_VERSION, Config, MAX_BUCKETS, MAX_FLOWS, MAX_GRANTS, MAX_REVOCATIONS, MAX_VERDICTS, MODE_ENFORCE,
+    MODE_OBSERVE,
 };
 use serde::Serialize;
 
@@ -29,6 +30,8 @@ pub(super) struct Used {
     pub(super) flows: usize,
     pub(super) verdicts: usize,
     pub(super) grants: usize,
+    /// Buckets of limits.
+    pub(super) limits: usize,
     pub(super) revocations: usize,
     /// Kernel memory of the maps, the largest first.
     pub(super) memory: Vec<MapMemory>,
@@ -110,6 +113,8 @@ struct Loaded {
     flows: Table,
     verdicts: Table,
     grants: Table,
+    /// Buckets.
+    limits: Table,
     revocations: Table,
     maps_bytes: u64,
     maps: BTreeMap<&'static str, u64>,
@@ -191,6 +196,7 @@ impl Status {
                 flows: Table { used: used.flows, capacity: MAX_FLOWS },
                 verdicts: Table { used: used.verdicts, capacity: MAX_VERDICTS },
                 grants: Table { used: used.grants, capacity: MAX_GRANTS },
+                limits: Table { used: used.limits, capacity: MAX_BUCKETS - 1 },
                 revocations: Table { used: used.revocations, capacity: MAX_REVOCATIONS },
                 maps_bytes: used.memory.iter().map(|map| map.bytes).sum(),
                 unguarded: used.unguarded,
@@ -259,6 +265,7 @@ impl Render for Status {
                 ("flows", loaded.flows.text()),
                 ("verdicts", loaded.verdicts.text()),
                 ("grants", loaded.grants.text()),
+                ("limits", format!("{} buckets", loaded.limits.text())),
                 ("revocations", loaded.revocations.text()),
                 ("maps", format!("{} of kernel memory", mebibytes(loaded.maps_bytes))),
             ]);
@@ -321,6 +328,7 @@ mod tests {
             flows: 3,
             verdicts: 2,
             grants: 1,
+            limits: 5,
             revocations: 4,
             memory,
             process,
@@ -356,6 +364,7 @@ mod tests {
              flows        3 of 65536\n\
              verdicts     2 of 65536\n\
              grants       1 of 65536\n\
+             limits       5 of 32767 buckets\n\
              revocations  4 of 16384\n\
              maps         24.0 MiB of kernel memory\n\
              pins         /sys/fs/bpf/enforcer (attached)\n"

@@ -76,6 +76,7 @@ impl Engine {
         if self.flows.len() >= FLOWS_MAX {
             return Err(EngineError::FlowsFull);
         }
+        let skips = header.skip_bytes != 0;
         self.flows.insert(
             header.cookie,
             Punted {
@@ -83,20 +84,22 @@ impl Engine {
                 endpoint_id: header.endpoint_id,
                 netns_cookie: header.netns_cookie,
                 origin: header.origin,
-                limited: (header.flags & PUNT_LIMITED != 0).then(|| punt_retry_step(header.flags)),
+                // Of a head behind a body that is dropped the kernel says nothing: it has not looked for where it begins.
+                limited: (!skips && header.flags & PUNT_LIMITED != 0).then(|| punt_retry_step(header.flags)),
+                charged: !skips,
                 received_bytes: 0,
                 parked: Vec::new(),
                 scanned: 0,
-                stage: if header.skip_bytes == 0 {
-                    Stage::Head
-                } else {
+                stage: if skips {
                     Stage::Discard { body: Body::Length(header.skip_bytes) }
+                } else {
+                    Stage::Head
                 },
                 write_seq_mark: header.write_seq,
                 last_write_seq: header.write_seq,
                 unanswered: header.flags & PUNT_UNANSWERED != 0,
                 pipelined: header.flags & PUNT_UNANSWERED != 0,
-                skipping: header.skip_bytes != 0,
+                skipping: skips,
                 observed: header.flags & PUNT_OBSERVED != 0,
                 since_ns: now.boot_ns,
                 answers,
@@ -141,12 +144,13 @@ impl Engine {
         };
         let (bytes, end) = parked;
         let (head_bytes, rest) = bytes.split_at(end);
-        let (endpoint_id, origin, limited) = (flow.endpoint_id, flow.origin, flow.limited.take());
+        let (endpoint_id, origin) = (flow.endpoint_id, flow.origin);
+        let limited = flow.over_limit(now, datapath);
         let endpoint = self.endpoints.0.get(&endpoint_id).ok_or(EngineError::EndpointRemoved)?;
         let served = endpoint.servers.clone();
         let servers: Vec<&Server> = served.iter().map(|(_, server)| server.as_ref()).collect();
         let server_id = |index: usize| served.get(index).map(|(id, _)| *id);
-        let caller = datapath.caller(cookie);
+        let caller = datapath.caller(cookie, &origin);
         let verifier = KeyedVerifier {
             keys,
             revocations: self.revoked.list(),

@@ -116,6 +116,8 @@ pub struct Engine {
     key_requests: Vec<KeyRequest>,
     next_sweep_ns: u64,
     log: LogLimit,
+    /// A flood of refusals hides no alarm.
+    alarms: LogLimit,
 }
 
 impl Engine {
@@ -144,6 +146,7 @@ impl Engine {
             key_requests: Vec::new(),
             next_sweep_ns: 0,
             log: LogLimit::default(),
+            alarms: LogLimit::default(),
         }
     }
 
@@ -321,6 +324,7 @@ impl Engine {
         self.look_for_revocations(now, datapath);
         self.sweeper.tick(now, self.mode, &mut self.grants, datapath);
         self.log.refill();
+        self.alarms.refill();
         if now.boot_ns >= self.next_sweep_ns {
             self.next_sweep_ns = now.boot_ns + SWEEP_NS;
             self.look_at_buckets(now, datapath);

@@ -1,6 +1,6 @@
 //! What becomes of a request: a grant, a verdict for the kernel, an answer of ours.
 
-use enforcer_common::abi::{FirstUser, Origin, VERDICT_ALLOW, VERDICT_DENY, Verdict, text};
+use enforcer_common::abi::{FirstUser, Origin, VERDICT_ALLOW, VERDICT_DENY, Verdict, text, text_str};
 use enforcer_common::flow::{Ctl, State};
 use enforcer_common::head;
 use enforcer_common::limit::retry_step;
@@ -40,6 +40,10 @@ pub(super) enum NoGrant {
     FirstUsersFull,
     /// Another workload presented that.
     OtherFirstUser,
+    /// Who presents it has no name of its own.
+    Unnamed,
+    /// Too many others present it.
+    TooManyCallers,
     /// Its token was revoked since it was verified.
     Revoked,
     /// It is over a limit, for so many nanoseconds.
@@ -71,11 +75,19 @@ fn keep_to_first_user<D: Datapath>(
     let client_id = principal.client_id.as_deref().unwrap_or_default();
     // Names and subjects hold no control characters.
     let key = name_hash(&format!("{server}\0{}\0{}\0{client_id}", principal.issuer, principal.subject));
+    // A name that others can have just as well is nobody's.
+    if !caller.view().has_name() {
+        return Err(NoGrant::Unnamed);
+    }
     let workload = caller.view().workload_name();
     let workload_hash = name_hash(&workload);
     match datapath.first_user(&key) {
         Ok(Some(first)) if first.workload_hash == workload_hash => Ok(()),
-        Ok(Some(_)) => Err(NoGrant::OtherFirstUser),
+        Ok(Some(first)) => {
+            let (first, principal) = (text_str(&first.workload), text_str(&first.principal));
+            warn!(workload, first, principal, server, "refused: another workload presented the first token");
+            Err(NoGrant::OtherFirstUser)
+        }
         Ok(None) => {
             let user = FirstUser {
                 at_unix_secs: now.unix_secs,
@@ -109,6 +121,9 @@ impl Engine {
         let origin = self.flows.get(&cookie).ok_or(NoGrant::Full)?.origin;
         if asked.first_use {
             keep_to_first_user(token, &server.name, caller, now, datapath)?;
+        }
+        if self.grants.has_too_many_callers(fingerprint, &origin.caller()) {
+            return Err(NoGrant::TooManyCallers);
         }
         let view = caller.view();
         let payer = Payer::of_token(server, token, &view);
@@ -176,6 +191,8 @@ impl Engine {
             NoGrant::LimitsFull => answer::unavailable("limit-table-full", RETRY_AFTER_SECS),
             NoGrant::FirstUsersFull => answer::unavailable("first-user-table-full", RETRY_AFTER_SECS),
             NoGrant::OtherFirstUser => answer::invalid_token(server, BindFault::OtherFirstUser.name()),
+            NoGrant::Unnamed => answer::invalid_token(server, BindFault::CallerUnknown.name()),
+            NoGrant::TooManyCallers => answer::unavailable("token-of-too-many-callers", RETRY_AFTER_SECS),
             NoGrant::Limited(wait_ns) => {
                 answer::over_limit("over-limit", retry_after_secs(retry_step(wait_ns)))
             }

@@ -3,6 +3,7 @@
 use enforcer_common::abi::{Origin, PUNT_UNANSWERED, PuntHeader};
 use enforcer_common::chunked::Chunked;
 use enforcer_common::flow::{Ctl, State};
+use enforcer_common::limit::retry_step;
 
 use crate::core::{Datapath, HandBack, Now};
 use crate::http::head::Framing;
@@ -68,6 +69,8 @@ pub(super) struct Punted {
     pub(super) origin: Origin,
     /// The request whose head is awaited is over a limit: step of `RETRY_AFTER_SECS`.
     pub(super) limited: Option<u32>,
+    /// It was charged to where it comes from, or needs not be.
+    pub(super) charged: bool,
     /// Bytes given to us in this epoch.
     pub(super) received_bytes: u64,
     /// Bytes that wait for a decision: the head, and what came with it.
@@ -154,10 +157,26 @@ impl Punted {
         let silent = !std::mem::take(&mut self.skipping) && header.write_seq == self.write_seq_mark;
         self.stage = Stage::Head;
         self.limited = None;
+        self.charged = false;
         self.pipelined |= silent || header.flags & PUNT_UNANSWERED != 0;
         self.unanswered = self.pipelined;
         self.write_seq_mark = self.last_write_seq;
         self.since_ns = now.boot_ns;
+    }
+
+    /// Whether the request whose head is there is over a limit: by which step of `RETRY_AFTER_SECS`. One that came while the flow was ours
+    /// the kernel has not charged.
+    pub(super) fn over_limit<D: Datapath>(&mut self, now: Now, datapath: &mut D) -> Option<u32> {
+        let limited = self.limited.take();
+        if std::mem::replace(&mut self.charged, true) {
+            return limited;
+        }
+        let wait_ns = datapath.charge_source(&self.origin, now.boot_ns).err()?;
+        if self.observed {
+            datapath.count("would-limit");
+            return None;
+        }
+        Some(retry_step(wait_ns))
     }
 
     /// Drops what belongs to the body of a refused request; gives what follows it.

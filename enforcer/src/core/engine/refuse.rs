@@ -73,7 +73,8 @@ impl Engine {
             debug!(status, reason, server, "answered");
             return;
         }
-        if !self.log.admit() {
+        let admitted = if misplaced.is_some() { self.alarms.admit() } else { self.log.admit() };
+        if !admitted {
             return;
         }
         let peer = datapath.peer(cookie);
@@ -114,7 +115,7 @@ impl Engine {
             return;
         }
         datapath.count("token-from-two-workloads");
-        if self.log.admit() {
+        if self.alarms.admit() {
             warn!(
                 workload = caller.view().workload_name(),
                 held_by = others.join(", "),

@@ -11,7 +11,7 @@ use enforcer_common::flow::{self, Ctl, CtlWord as _};
 
 use super::kernel::{Answer, COOKIE, Fault, Kernel, Queued, Step, Word};
 use super::search::Choices;
-use crate::core::{CallerFacts, Datapath, GrantBuckets, HandBack};
+use crate::core::{CallerFacts, Datapath, GrantBuckets, HandBack, Shape};
 use crate::revocation::Revocations;
 
 /// The daemon's way into the kernel. Before each call that matters anything else may happen.
@@ -149,7 +149,7 @@ impl Datapath for Edge<'_> {
         Err("no binding here")
     }
 
-    fn caller(&mut self, _: u64) -> CallerFacts {
+    fn caller(&mut self, _: u64, _: &Origin) -> CallerFacts {
         CallerFacts::NOTHING
     }
 
@@ -194,13 +194,7 @@ impl Datapath for Edge<'_> {
         Err("no limits here")
     }
 
-    fn limit_bucket(
-        &mut self,
-        _index: u32,
-        _interval_ns: u64,
-        _burst_ns: u64,
-        _max_open: u64,
-    ) -> Result<(), Self::Error> {
+    fn limit_bucket(&mut self, _index: u32, _shape: &Shape, _now_ns: u64) -> Result<(), Self::Error> {
         Err("no limits here")
     }
 
@@ -214,6 +208,10 @@ impl Datapath for Edge<'_> {
 
     fn charge(&mut self, _cookie: u64, buckets: &GrantBuckets, _now_ns: u64) -> Result<(), u64> {
         if buckets[0] == 0 { Ok(()) } else { Err(u64::MAX) }
+    }
+
+    fn charge_source(&mut self, _origin: &Origin, _now_ns: u64) -> Result<(), u64> {
+        Ok(())
     }
 
     fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), Self::Error> {

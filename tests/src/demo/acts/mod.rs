@@ -4,6 +4,7 @@ mod calls;
 mod kernel;
 mod refusals;
 mod start;
+mod workloads;
 
 use std::io::Write;
 use std::time::Duration;
@@ -39,6 +40,7 @@ pub async fn play<W: Write>(stage: &mut Stage, narrator: &mut Narrator<W>) -> Re
     show.what_the_kernel_holds(&shared).await?;
     show.known_calls().await?;
     show.known_refusals(shared).await?;
+    show.another_workload().await?;
     show.enforcer_stops().await
 }
 
