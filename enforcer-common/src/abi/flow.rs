@@ -20,7 +20,7 @@ pub const FLOW_PIPELINED: u32 = 4;
 /// A guarded connection, what each known head touches first: `FLOWS`, a hash by socket cookie. 65,536 entries; a connection without a record gets nothing.
 ///
 /// Writers: sock_ops makes and deletes it; judge changes it under its socket's lock; inject changes `ctl`, `handed` and the grants
-/// while the flow is punted; gate and sock_ops make it dead. Readers: the CLI.
+/// while the flow is punted; gate and sock_ops make it dead, and the gate notes refusals. Readers: the CLI.
 ///
 /// A deleted record's memory is another connection's at once, and inject and gate may hold a pointer to it. So the control words of two
 /// connections differ (their epochs begin with their cookies), what must not be a stranger's is changed by compare-and-swap only, and

@@ -90,10 +90,12 @@ pub struct Source {
     pub unknown_tat_ns: u64,
     /// Of requests that it refuses, and of those for public paths.
     pub refused_tat_ns: u64,
+    /// Of requests over the first limit that the kernel can't answer: so many of them the daemon does.
+    pub answered_tat_ns: u64,
     /// Requests that were over a limit.
     pub limited: u64,
 }
-assert_layout!(Source, 24, [unknown_tat_ns: u64, refused_tat_ns: u64, limited: u64]);
+assert_layout!(Source, 32, [unknown_tat_ns: u64, refused_tat_ns: u64, answered_tat_ns: u64, limited: u64]);
 
 /// Size of `SOURCES`.
 pub const MAX_SOURCES: u32 = 65_536;
@@ -102,6 +104,8 @@ pub const MAX_SOURCES: u32 = 65_536;
 pub const CHARGE_GRANT: u32 = 0;
 /// A request is charged to its source, as one that the kernel does not know.
 pub const CHARGE_UNKNOWN: u32 = 1;
+/// A request is charged to its source, as one over its limit that the daemon answers: at the rate of unknown ones.
+pub const CHARGE_ANSWERED: u32 = 3;
 /// A request is charged to its source, as one without a grant that the kernel knows.
 pub const CHARGE_REFUSED: u32 = 2;
 

@@ -6,16 +6,11 @@ use crate::abi::{FAMILY_V4, FAMILY_V6};
 
 /// Bytes of a frame. No copy is longer than the largest header without options.
 pub trait Frame {
-    /// Bytes that there are.
-    fn len(&self) -> u32;
+    /// How long it is, in bytes.
+    fn bytes(&self) -> u32;
 
     /// Copies bytes; false where not all of them are there.
     fn load<const N: usize>(&self, at: u32, to: &mut [u8; N]) -> bool;
-
-    /// Whether there are none.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
 }
 
 /// What a frame is.
@@ -113,8 +108,8 @@ fn ipv4(frame: &impl Frame, at: u32, packet: &mut Packet) -> Kind {
     let header_bytes = u32::from(header[0] & 0xf) * 4;
     let total_bytes = u32::from(u16::from_be_bytes([header[2], header[3]]));
     // Joined segments of more than 64 KiB (BIG TCP) don't say their length here; nor does what the kernel drops anyhow.
-    let end = if total_bytes == 0 { frame.len() } else { at + total_bytes };
-    if header_bytes < 20 || at + header_bytes > end || end > frame.len() {
+    let end = if total_bytes == 0 { frame.bytes() } else { at + total_bytes };
+    if header_bytes < 20 || at + header_bytes > end || end > frame.bytes() {
         return Kind::Unreadable;
     }
     if u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0 {
@@ -142,8 +137,8 @@ fn ipv6(frame: &impl Frame, at: u32, packet: &mut Packet) -> Kind {
     packet.family = FAMILY_V6;
     let payload_bytes = u32::from(u16::from_be_bytes([header[4], header[5]]));
     // A jumbogram does not say its length here either (RFC 2675).
-    let end = if payload_bytes == 0 { frame.len() } else { at + IPV6_BYTES + payload_bytes };
-    if end > frame.len() {
+    let end = if payload_bytes == 0 { frame.bytes() } else { at + IPV6_BYTES + payload_bytes };
+    if end > frame.bytes() {
         return Kind::Unreadable;
     }
     let mut next = header[6];

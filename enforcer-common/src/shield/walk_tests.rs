@@ -5,7 +5,7 @@ use super::*;
 struct Bytes<'a>(&'a [u8]);
 
 impl Frame for Bytes<'_> {
-    fn len(&self) -> u32 {
+    fn bytes(&self) -> u32 {
         self.0.len() as u32
     }
 

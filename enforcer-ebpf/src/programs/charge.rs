@@ -1,9 +1,14 @@
 //! Limits: each request is charged to the buckets of its grant, and one without a grant to its source. Whatever can't be read or changed
-//! refuses. All functions here are global ones to the verifier, which walks each once.
+//! refuses. Most functions here are global ones to the verifier, which walks each once.
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "by value, further copies of keys and values would be on the stack"
+)]
 
 use aya_ebpf::bindings::BPF_ANY;
 use enforcer_common::abi::{
-    Bucket, CHARGE_GRANT, CHARGE_UNKNOWN, Counter, Flow, GRANT_BUCKETS, Source, SourceKey, held_as,
+    Bucket, CHARGE_ANSWERED, CHARGE_GRANT, CHARGE_REFUSED, CHARGE_UNKNOWN, Counter, Flow, GRANT_BUCKETS,
+    Source, SourceKey, held_as,
 };
 use enforcer_common::limit::{PLACE_WAIT_NS, admit, retry_step};
 
@@ -18,7 +23,7 @@ const UNREADABLE: u32 = 1;
 const TRIES: u32 = 8;
 
 /// A source that nothing came from; not on the stack, which the whole chain of calls shares.
-static FRESH: Source = Source { unknown_tat_ns: 0, refused_tat_ns: 0, limited: 0 };
+static FRESH: Source = Source { unknown_tat_ns: 0, refused_tat_ns: 0, answered_tat_ns: 0, limited: 0 };
 
 /// [`ADMITTED`], or 1 and the step of the wait.
 #[inline(always)]
@@ -134,10 +139,10 @@ extern "C" fn charge_source(flow: *mut Flow, what: u32, now_ns: u64) -> u32 {
         return UNREADABLE;
     }
     let Some(config) = config() else { return UNREADABLE };
-    let (interval_ns, burst_ns) = if what == CHARGE_UNKNOWN {
-        (config.unknown_interval_ns, config.unknown_burst_ns)
-    } else {
+    let (interval_ns, burst_ns) = if what == CHARGE_REFUSED {
         (config.refused_interval_ns, config.refused_burst_ns)
+    } else {
+        (config.unknown_interval_ns, config.unknown_burst_ns)
     };
     if interval_ns == 0 {
         return ADMITTED;
@@ -156,10 +161,10 @@ extern "C" fn charge_source(flow: *mut Flow, what: u32, now_ns: u64) -> u32 {
     };
     // SAFETY: a valid map value, whoever's it is.
     let step = unsafe {
-        let word = if what == CHARGE_UNKNOWN {
-            &raw mut (*source).unknown_tat_ns
-        } else {
-            &raw mut (*source).refused_tat_ns
+        let word = match what {
+            CHARGE_UNKNOWN => &raw mut (*source).unknown_tat_ns,
+            CHARGE_ANSWERED => &raw mut (*source).answered_tat_ns,
+            _ => &raw mut (*source).refused_tat_ns,
         };
         charge_word(word, now_ns, interval_ns, burst_ns)
     };

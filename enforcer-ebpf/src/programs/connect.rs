@@ -17,8 +17,8 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use enforcer_common::abi::{
-    Barred, Caller, Connecting, Counter, EndpointKey, MODE_OBSERVE, PUNT_BARRED, Sealed, destination,
-    is_loopback,
+    Barred, Caller, Connecting, Counter, EndpointKey, FAMILY_V4, MODE_OBSERVE, PUNT_BARRED, Sealed,
+    destination, is_loopback,
 };
 use enforcer_common::head::zero_words;
 
@@ -63,12 +63,17 @@ fn connect<const V6: bool>(ctx: &SockAddrContext) -> i32 {
     let endpoint_id = barred_from::<V6>(ctx, cgroup_id);
     if endpoint_id != NOT_BARRED {
         count(Counter::ConnectRefused);
-        tell(cookie, endpoint_id as u32, caller);
+        tell(cookie, endpoint_id as u32, &caller);
         return DENY;
     }
-    // One that can't be noted is an unknown one.
-    let _ = CONNECTING.insert(cookie, Sealed::new(Connecting { cookie, caller }), 0);
+    note(cookie, &caller);
     ALLOW
+}
+
+/// Notes a caller; one that can't be noted is an unknown one. (A function of its own, as its stack comes not on top of the others' then.)
+#[inline(never)]
+fn note(cookie: u64, caller: &Caller) {
+    let _ = CONNECTING.insert(cookie, Sealed::new(Connecting { cookie, caller: *caller }), 0);
 }
 
 /// They may connect.
@@ -102,7 +107,7 @@ fn barred<const V6: bool>(ctx: &SockAddrContext, cgroup_id: u64) -> Option<u32> 
     let generation = unsafe { BARRED.get(key) }?;
     // A wildcard is every address of this host, and of no other; a loopback address is one of each network namespace.
     let exact = exact && !is_loopback(&target);
-    if *generation == config.generation && (exact || listens_here::<V6>(ctx)) {
+    if *generation == config.generation && (exact || listens_here(ctx, &target)) {
         Some(endpoint_id)
     } else {
         None
@@ -126,26 +131,24 @@ fn target<const V6: bool>(ctx: *mut bpf_sock_addr) -> EndpointKey {
 
 /// Whether somebody listens at the socket's destination in its own network namespace.
 #[inline(never)]
-fn listens_here<const V6: bool>(ctx: &SockAddrContext) -> bool {
+fn listens_here(ctx: &SockAddrContext, target: &EndpointKey) -> bool {
     const CURRENT_NETNS: u64 = -1_i64 as u64;
     let mut tuple = MaybeUninit::<[u64; 5]>::uninit();
     let tuple = tuple.as_mut_ptr();
-    // SAFETY: the verifier checks the context accesses, the tuple's size, and that a socket is released. The tuple's words are written
-    // before all else.
+    let port = target.port.to_be();
+    let a = &target.addr;
+    let word = |k: usize| u32::from_ne_bytes([a[k], a[k + 1], a[k + 2], a[k + 3]]);
+    // SAFETY: the verifier checks the tuple's size, and that a socket is released. The tuple's words are written before all else.
     unsafe {
         zero_words::<5>(tuple.cast());
-        let addr = ctx.sock_addr;
-        let port = (*addr).user_port as u16;
-        let len = if !V6 {
+        let len = if target.family == FAMILY_V4 {
             let tuple = tuple.cast::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>();
-            (*tuple).daddr = (*addr).user_ip4;
+            (*tuple).daddr = word(0);
             (*tuple).dport = port;
             size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>()
         } else {
             let tuple = tuple.cast::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>();
-            let ip6 = &raw const (*addr).user_ip6;
-            let word = |k: usize| ip6.cast::<u32>().add(k).read_volatile();
-            (*tuple).daddr = [word(0), word(1), word(2), word(3)];
+            (*tuple).daddr = [word(0), word(4), word(8), word(12)];
             (*tuple).dport = port;
             size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>()
         };
@@ -160,7 +163,7 @@ fn listens_here<const V6: bool>(ctx: &SockAddrContext) -> bool {
 
 /// Tells the daemon, now and then.
 #[inline(never)]
-fn tell(cookie: u64, endpoint_id: u32, caller: Caller) {
+fn tell(cookie: u64, endpoint_id: u32, caller: &Caller) {
     if charge::tells(caller.connected_ns) {
         punt::event(Event {
             kind: PUNT_BARRED,
@@ -169,7 +172,7 @@ fn tell(cookie: u64, endpoint_id: u32, caller: Caller) {
             endpoint_id,
             reason: Counter::ConnectRefused,
             interface: 0,
-            payload: Payload::Caller(caller),
+            payload: Payload::Caller(*caller),
         });
     }
 }

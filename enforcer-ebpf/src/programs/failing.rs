@@ -14,7 +14,7 @@ use crate::kernel::{compare_exchange, count, now_ns};
 use crate::maps::{SHIELD_CONFIG, SHIELD_FAILING, SHIELD_V4, SHIELD_V6};
 
 /// How many entries of one address may have ended one below the other. The next one is not found then, until somebody clears them away.
-const MAX_ENDED: u32 = 4;
+const MAX_ENDED: u32 = 8;
 
 /// Charges a flow's source for the refusals that its client has got since it was last charged. The gate does it, at the client's next
 /// packet: the judge has no stack to spare, and by then the client has shown that it is where it says it is.
@@ -91,11 +91,9 @@ pub(super) fn is_quarantined(family: u8, address: &[u8; 16]) -> bool {
     // SAFETY: a valid map value, whoever's it is.
     unsafe {
         let blocked_until_ns = (&raw const (*failing).blocked_until_ns).read_volatile();
-        // One that is being replaced is looked up again with the next packet.
-        blocked_until_ns != 0
-            && (*failing).key.prefix == key.prefix
-            && (*failing).key.family == key.family
-            && now_ns() < blocked_until_ns
+        // One that is another's by now was this source's a moment ago: perhaps it is being replaced by its quarantine.
+        let is_ours = (*failing).key.prefix == key.prefix && (*failing).key.family == key.family;
+        !is_ours || blocked_until_ns != 0 && now_ns() < blocked_until_ns
     }
 }
 

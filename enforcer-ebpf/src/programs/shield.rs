@@ -80,7 +80,7 @@ struct Bytes {
 
 impl Frame for Bytes {
     #[inline(always)]
-    fn len(&self) -> u32 {
+    fn bytes(&self) -> u32 {
         // SAFETY: the context is valid.
         unsafe { bpf_xdp_get_buff_len(self.ctx) as u32 }
     }

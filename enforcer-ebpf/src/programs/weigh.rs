@@ -4,8 +4,8 @@
 //! afterwards. So what it decides comes back as one word.
 
 use enforcer_common::abi::{
-    CHARGE_GRANT, CHARGE_REFUSED, CHARGE_UNKNOWN, Config, Counter, FLOW_OBSERVE, FLOW_PIPELINED, Flow,
-    REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict,
+    CHARGE_ANSWERED, CHARGE_GRANT, CHARGE_REFUSED, CHARGE_UNKNOWN, Config, Counter, FLOW_OBSERVE,
+    FLOW_PIPELINED, Flow, REPLY_MAX_BYTES, VERDICT_ALLOW, Verdict,
 };
 use enforcer_common::limit::RETRY_STEPS;
 use enforcer_common::verdict::{self, Known};
@@ -109,15 +109,14 @@ extern "C" fn weigh(flow: *mut Flow, verdict: *const Verdict, known: u32, now_ns
         weighed.0
     } else if alone {
         Weighed::new(Action::Dead, Counter::DeadUnavailable).0
-    } else if known != KNOWN && flow.limited != 0 {
-        Weighed::new(Action::Dead, Counter::DeadLimited).0
     } else {
         let reason = if flow.limited != 0 { Counter::PuntLimited } else { Counter::PuntReplyTooLong };
         hand_over(flow, reason as u32, now_ns)
     }
 }
 
-/// A known head that the kernel can't answer: for the daemon, which is no more to be flooded with these than with unknown ones.
+/// A head whose answer is known, and that the kernel can't give: for the daemon, which is no more to be flooded with these than with unknown ones.
+/// Over that limit it answers 429 unread, and not without a limit either.
 #[inline(always)]
 pub(crate) fn for_the_daemon(flow: &mut Flow, reason: Counter, now_ns: u64) -> Weighed {
     Weighed(hand_over(flow, reason as u32, now_ns))
@@ -133,7 +132,16 @@ extern "C" fn hand_over(flow: *mut Flow, reason: u32, now_ns: u64) -> u64 {
     let flow = unsafe { &mut *flow };
     let Some(config) = config() else { return Weighed::new(Action::Dead, Counter::DeadHelper).0 };
     let observed = flow.flags & FLOW_OBSERVE != 0;
-    if charge_request(flow, 0, CHARGE_UNKNOWN, now_ns) != ADMITTED && !observed {
+    let mut reason = reason;
+    if flow.limited == 0 {
+        flow.limited = charge_request(flow, 0, CHARGE_UNKNOWN, now_ns);
+        if observed {
+            flow.limited = 0;
+        } else if flow.limited != ADMITTED {
+            reason = Counter::PuntLimited as u32;
+        }
+    }
+    if flow.limited != 0 && charge_request(flow, 0, CHARGE_ANSWERED, now_ns) != ADMITTED {
         return Weighed::new(Action::Dead, Counter::DeadLimited).0;
     }
     if is_alive(config, now_ns) || observed {

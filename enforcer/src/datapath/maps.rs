@@ -366,7 +366,9 @@ impl Maps {
         let key = SourceKey::of(origin);
         let mut source = match self.live.sources.get(&key, 0) {
             Ok(source) => source,
-            Err(MapError::KeyNotFound) => Source { unknown_tat_ns: 0, refused_tat_ns: 0, limited: 0 },
+            Err(MapError::KeyNotFound) => {
+                Source { unknown_tat_ns: 0, refused_tat_ns: 0, answered_tat_ns: 0, limited: 0 }
+            }
             Err(_) => return Err(NEVER_NS),
         };
         let (interval_ns, burst_ns) = (config.unknown_interval_ns, config.unknown_burst_ns);

@@ -1,8 +1,11 @@
 //! From the start to the end, over deaths, restarts and reloads.
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::enforcement::{IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::{Deadline, wait_until};
+use enforcer_tests::enforcement::{Enforcement, IssuerSpec, PolicySpec, ServerSpec};
+use enforcer_tests::guard::{Cgroup, Deadline, wait_until};
 use serde_json::{Value, json};
 
 use crate::common::{LIMIT, TIMEOUT};
@@ -44,7 +47,7 @@ fn it_stays_when_the_daemon_dies_and_goes_with_the_enforcement() -> Result<()> {
     scene.is_served(11)?;
     scene.guarded.enforcement.stop()?;
     assert_eq!(scene.program()?, None, "it stayed behind");
-    assert_eq!(scene.guarded.enforcement.leftover_pins(), Vec::<std::path::PathBuf>::new());
+    assert_eq!(scene.guarded.enforcement.leftover_pins(), Vec::<PathBuf>::new());
     scene.connect_from(2)?;
     Ok(())
 }
@@ -122,5 +125,51 @@ fn an_interface_that_is_missing_or_goes_away_is_said() -> Result<()> {
     let status = scene.guarded.enforcement.cli_json(&["status"])?;
     assert_eq!(status["state"], json!("enforcing"));
     ensure!(program_on(&scene.server, "lo")?.is_none());
+    Ok(())
+}
+
+/// Whoever came first keeps the interface; a start that finds nothing leaves nothing.
+#[test]
+fn an_interface_with_another_program_ends_the_start_and_keeps_it() -> Result<()> {
+    let _deadline = Deadline::new("occupied", LIMIT);
+    let scene = Scene::new("shield-busy", json!({}))?;
+    let program = scene.program()?;
+    let listen = SocketAddr::new(scene.server_v4().ip(), 9);
+    let server = ServerSpec::new("other", &[listen], "https://other.example.com/mcp");
+    let other = PolicySpec::new(vec![IssuerSpec::from_file("corp", &scene.guarded.issuer)], vec![server])
+        .with("shield", json!({ "interfaces": [scene.pair.interface_a] }));
+    let mut second = Enforcement::prepare(Cgroup::new("shield-second")?, &other, &["--drain-timeout", "1"])?;
+    second.live_in(&scene.server);
+    let mut daemon = second.spawn_daemon()?;
+    ensure!(!daemon.wait(LIMIT)?.success(), "two shields on one interface");
+    let log = daemon.stderr();
+    ensure!(log.contains("cannot attach") && log.contains(&scene.pair.interface_a), "{log}");
+    assert_eq!(second.leftover_pins(), Vec::<PathBuf>::new());
+    assert_eq!(scene.program()?, program);
+    scene.is_served(2)
+}
+
+/// From a policy that nobody knows any more nothing is adopted: what takes over brings the interface and what operators said along.
+#[test]
+fn what_takes_over_keeps_interfaces_and_what_operators_said() -> Result<()> {
+    let _deadline = Deadline::new("take over", LIMIT);
+    let mut scene = Scene::with("shield-over", json!({}), |builder| builder.option("--keep"))?;
+    let (first, _) = scene.program()?.context("no program")?;
+    scene.guarded.enforcement.cli_json(&["shield", "add", &scene.address(2).to_string()])?;
+    scene.guarded.enforcement.stop()?;
+    std::fs::remove_file(scene.guarded.enforcement.state_dir().join("policy.json"))?;
+    let shield = json!({ "interfaces": [scene.pair.interface_a], "packets": { "rate": "1000000/s" } });
+    scene.guarded.enforcement.write_policy(&policy(&scene, Some(shield)))?;
+    scene.guarded.enforcement.launch()?;
+    let log = scene.guarded.enforcement.log()?;
+    ensure!(log.contains("taking over") && !log.contains("shield attached"), "{log}");
+    let (second, _) = scene.program()?.context("no program")?;
+    ensure!(second != first, "the old program stayed");
+    scene.is_shut_out(2)?;
+    scene.is_served(11)?;
+    let row = scene.interface()?;
+    assert_eq!((&row["attached"], &row["mode"]), (&json!(true), &json!("native")));
+    scene.guarded.enforcement.cli_json(&["unload", "--even-if-running", "--drain-timeout", "0"])?;
+    assert_eq!(scene.program()?, None);
     Ok(())
 }

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
+use enforcer_tests::enforcement::GuardedBuilder;
 use enforcer_tests::guard::{Deadline, wait_until};
 use enforcer_tests::raw::Connection;
 use serde_json::{Value, json};
@@ -175,5 +176,28 @@ fn what_operators_say_goes_before_everything_and_without_a_daemon_too() -> Resul
     assert_eq!(shield(&scene, &["remove", &network])?["quarantines_ended"], json!(1));
     scene.is_served(2)?;
     assert_eq!(shield(&scene, &["list"])?["prefixes"][0]["network"], json!(format!("{eleventh}/32")));
+    Ok(())
+}
+
+#[test]
+fn in_observe_mode_everything_passes_and_is_counted() -> Result<()> {
+    let _deadline = Deadline::new("observe", LIMIT);
+    let limits = json!({
+        "connections": { "rate": "1/h", "burst": 1 },
+        "quarantine": { "refusals": 1, "within": "1h", "for": "1h" },
+    });
+    let scene = Scene::with("shield-obs", limits, GuardedBuilder::observing)?;
+    scene.guarded.enforcement.cli_json(&["shield", "add", &scene.address(11).to_string()])?;
+    for number in 0..4 {
+        for last in [2, 11] {
+            let mut connection = scene.connect_from(last)?;
+            assert_eq!(connection.roundtrip(&scene.request(false, number)?)?.status, 200);
+        }
+    }
+    let counters = scene.guarded.enforcement.counters()?;
+    ensure!(counters.kernel("shield-would-drop") > 4, "{counters:?}");
+    for reason in ["shield-connections", "shield-listed", "source-quarantined", "shield-quarantined"] {
+        assert_eq!(counters.kernel(reason), 0, "{reason}");
+    }
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use super::Side;
 use crate::enforcement::{Counters, Enforcement, IssuerSpec, PolicySpec, ServerSpec};
@@ -32,9 +33,10 @@ pub(super) struct Bed {
     _plain: Cgroup,
 }
 
-struct Server {
-    process: Proc,
-    addr: SocketAddr,
+/// The server of the benchmark, in a process of its own.
+pub(super) struct Server {
+    pub(super) process: Proc,
+    pub(super) addr: SocketAddr,
 }
 
 impl Bed {
@@ -48,7 +50,10 @@ impl Bed {
         let server =
             ServerSpec::new("bench", &[enforced.addr], RESOURCE).with("issuers", vec!["es256", "rs256"]);
         let issuers = vec![IssuerSpec::from_file("es256", &es256), IssuerSpec::from_file("rs256", &rs256)];
-        let enforcement = Enforcement::start(guarded, &PolicySpec::new(issuers, vec![server]))?;
+        // One source sends all of this, as fast as it can.
+        let unknown = json!({"rate": "1000000/s", "burst": 1_000_000});
+        let policy = PolicySpec::new(issuers, vec![server]).with("unknown_requests", unknown);
+        let enforcement = Enforcement::start(guarded, &policy)?;
         let tokens = (0..tokens.max(1)).map(|number| token(&es256, number)).collect::<Result<_>>()?;
         Ok(Self { direct, enforced, enforcement, es256, rs256, tokens, _plain: plain })
     }
@@ -127,7 +132,7 @@ impl Bed {
 }
 
 impl Server {
-    fn start(cgroup: &Cgroup, name: &str) -> Result<Self> {
+    pub(super) fn start(cgroup: &Cgroup, name: &str) -> Result<Self> {
         let mut command = Command::new(bin_path("enforcer-upstream")?);
         command.args(["bench", "--listen", "127.0.0.1:0"]);
         let mut process = spawn_in(cgroup, name, command)?;

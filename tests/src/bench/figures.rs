@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::stats::{Spread, median};
-use super::{FirstSeen, Pair, Revocation, Samples, Shield, TokenRound};
+use super::{FirstSeen, Pair, Revocation, Samples, Shield, TokenRound, limit_figures};
 use crate::load::LoadReport;
 
 const STREAM_MIB: f64 = 64.0;
@@ -44,6 +44,10 @@ pub enum Unit {
     Milliseconds,
     /// Packets per second of one core.
     PacketsPerSecond,
+    /// Microseconds; the figure is a ratio.
+    MicrosecondsRatio,
+    /// Requests per second; the figure is a deviation in percent.
+    Percent,
 }
 
 /// A bound.
@@ -67,7 +71,7 @@ impl Figure {
     }
 }
 
-type Get = fn(&LoadReport) -> f64;
+pub(super) type Get = fn(&LoadReport) -> f64;
 
 /// All figures, in the order in which they are shown.
 ///
@@ -129,6 +133,9 @@ pub fn figures(samples: &Samples) -> Result<Vec<Figure>> {
     ];
     all.extend(revocation_figures(&samples.revocation)?);
     all.extend(shield_figures(&samples.shield)?);
+    if let Some(limits) = &samples.limits {
+        all.extend(limit_figures(limits)?);
+    }
     Ok(all)
 }
 
@@ -136,28 +143,24 @@ pub fn figures(samples: &Samples) -> Result<Vec<Figure>> {
 ///
 /// # Errors
 /// When there are no samples.
-pub fn shield_figures(samples: &Shield) -> Result<[Figure; 5]> {
-    let alone = |key, what, unit, values: &[f64]| {
+pub fn shield_figures(samples: &Shield) -> Result<[Figure; 6]> {
+    let alone = |(key, what, unit): (&'static str, &'static str, Unit), values: &[f64]| {
         let spread = Spread::of(values.iter().copied()).context(key)?;
         Ok::<_, anyhow::Error>(Figure { key, what, unit, direct: None, enforced: None, spread, target: None })
     };
-    let rate = Unit::PacketsPerSecond;
+    let (rate, ns) = (Unit::PacketsPerSecond, Unit::Nanoseconds);
+    let datagrams = ("shield_datagrams_per_s", "shield alone: datagrams dropped", rate);
+    let listed = ("shield_listed_per_s", "shield alone: a listed source's packets dropped", rate);
+    let limited = ("shield_limited_per_s", "shield alone: SYNs over the limit dropped", rate);
+    let passed = ("shield_passed_ns", "shield alone: a packet that passes", ns);
+    let foreign = ("shield_foreign_ns", "shield alone: a packet for another port", ns);
     let flood = samples.flood.iter().map(|round| (round.passed_per_s, round.dropped_per_s));
     Ok([
-        alone("shield_datagrams_per_s", "shield alone: datagrams dropped", rate, &samples.datagrams_per_s)?,
-        alone("shield_listed_per_s", "shield alone: a listed source's dropped", rate, &samples.listed_per_s)?,
-        alone(
-            "shield_limited_per_s",
-            "shield alone: SYNs over the limit dropped",
-            rate,
-            &samples.limited_per_s,
-        )?,
-        alone(
-            "shield_passed_ns",
-            "shield alone: a packet that passes",
-            Unit::Nanoseconds,
-            &samples.passed_ns,
-        )?,
+        alone(datagrams, &samples.datagrams_per_s)?,
+        alone(listed, &samples.listed_per_s)?,
+        alone(limited, &samples.limited_per_s)?,
+        alone(passed, &samples.passed_ns)?,
+        alone(foreign, &samples.foreign_ns)?,
         paired(
             "shield_flood_per_s",
             "veth: SYNs to TCP, and dropped",
@@ -196,7 +199,7 @@ fn parties_us_per_request(run: &LoadReport) -> f64 {
     (run.cpu.self_us + run.cpu.watched_us) / run.requests.max(1) as f64
 }
 
-fn ratio<'a>(
+pub(super) fn ratio<'a>(
     key: &'static str,
     what: &'static str,
     pairs: impl IntoIterator<Item = &'a Pair<LoadReport>>,
@@ -351,11 +354,13 @@ mod tests {
             first_seen_rs256: first_seen(30.0, 530.0),
             stream_64mib_s: vec![pair(0.020, 0.025)],
             judge: vec![judge(64, 500.0), judge(1, 400.0)],
+            limits: None,
             shield: Shield {
                 datagrams_per_s: vec![2e7],
                 listed_per_s: vec![1e7],
                 limited_per_s: vec![5e6],
                 passed_ns: vec![150.0],
+                foreign_ns: vec![100.0],
                 flood: vec![Flood { passed_per_s: 2e5, dropped_per_s: 1e6 }],
             },
             revocation: Revocation { revoked_ms: vec![10.0, 30.0, 20.0], expired_ms: vec![1500.0] },

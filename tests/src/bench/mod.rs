@@ -10,6 +10,8 @@ mod figures;
 mod first_seen;
 mod interrupt;
 mod judge;
+mod limit_figures;
+pub mod limits;
 mod machine;
 mod markdown;
 mod pinning;
@@ -31,6 +33,8 @@ pub use figures::{Figure, Target, Unit, figures, revocation_figures, shield_figu
 pub use first_seen::FirstSeen;
 pub use interrupt::catch_signals;
 pub use judge::JudgeRun;
+pub use limit_figures::limit_figures;
+pub use limits::Limits;
 pub use machine::Machine;
 pub use markdown::write_markdown;
 pub use revocation::Revocation;
@@ -65,10 +69,16 @@ pub struct Plan {
     pub revoked_streams: usize,
     /// Rounds of packets for the shield.
     pub shield_rounds: usize,
+    /// Pairs of runs without and with limits, on one and on 64 connections.
+    pub limit_pairs: usize,
+    /// Length of the run over a limit, in milliseconds.
+    pub accuracy_ms: u64,
+    /// Length of each of two phases in and two out of a flood, in milliseconds; the same again without a limit.
+    pub flood_phase_ms: u64,
 }
 
 impl Plan {
-    /// About three minutes.
+    /// About five minutes.
     pub const FULL: Self = Self {
         run_ms: 500,
         one_connection_pairs: 40,
@@ -79,8 +89,11 @@ impl Plan {
         stream_pairs: 60,
         revoked_streams: 50,
         shield_rounds: 20,
+        limit_pairs: 30,
+        accuracy_ms: 10_000,
+        flood_phase_ms: 3_000,
     };
-    /// Half a minute: shows that everything works, and the order of magnitude.
+    /// A minute: shows that everything works, and the order of magnitude.
     pub const QUICK: Self = Self {
         run_ms: 200,
         one_connection_pairs: 10,
@@ -91,6 +104,9 @@ impl Plan {
         stream_pairs: 10,
         revoked_streams: 10,
         shield_rounds: 5,
+        limit_pairs: 8,
+        accuracy_ms: 3_000,
+        flood_phase_ms: 1_000,
     };
 }
 
@@ -144,6 +160,8 @@ pub struct Samples {
     pub revocation: Revocation,
     /// Packets at the shield.
     pub shield: Shield,
+    /// Limits; absent until they are measured, which is last.
+    pub limits: Option<Limits>,
 }
 
 /// A run of the benchmark.
@@ -180,6 +198,8 @@ pub fn run(plan: Plan, command: String, mut progress: impl FnMut(&str)) -> Resul
     let samples = Samples { revocation: revocation::measure(plan.revoked_streams)?, ..samples };
     progress("packets at the shield");
     let samples = Samples { shield: shield::measure(plan.shield_rounds, plan.run_ms)?, ..samples };
+    progress("limits: their price, their accuracy, and a flood");
+    let samples = Samples { limits: Some(limits::measure(plan)?), ..samples };
     Ok(Report { machine, plan, command, samples })
 }
 
@@ -211,6 +231,7 @@ fn measure(bed: &mut Bed, pinning: &Pinning, plan: Plan, progress: &mut impl FnM
         judge,
         revocation: Revocation { revoked_ms: Vec::new(), expired_ms: Vec::new() },
         shield: Shield::NONE,
+        limits: None,
     })
 }
 

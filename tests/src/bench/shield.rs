@@ -33,6 +33,8 @@ pub struct Shield {
     pub limited_per_s: Vec<f64>,
     /// Nanoseconds for a segment that passes, charged to its source's limit of packets.
     pub passed_ns: Vec<f64>,
+    /// Nanoseconds for a segment for a port that is not protected.
+    pub foreign_ns: Vec<f64>,
     /// A flood of SYNs of one source over a veth pair, sender and receiver on one core: let through to TCP, and dropped as over the limit.
     pub flood: Vec<Flood>,
 }
@@ -44,6 +46,7 @@ impl Shield {
         listed_per_s: Vec::new(),
         limited_per_s: Vec::new(),
         passed_ns: Vec::new(),
+        foreign_ns: Vec::new(),
         flood: Vec::new(),
     };
 }
@@ -77,6 +80,7 @@ pub fn measure(rounds: usize, run_ms: u64) -> Result<Shield> {
         .start()?;
     let program = open_pinned(&guarded.enforcement.pins().join("prog_shield"))?;
     let to = SocketAddr::new(pair.a.0.into(), guarded.addr().port());
+    let elsewhere = SocketAddr::new(to.ip(), to.port() ^ 1);
     let ns = |frame: &Frame, verdict: u32| -> Result<f64> {
         interrupt::check()?;
         let ran = run_xdp(program.as_fd(), &frame.build(), REPEAT)?;
@@ -99,6 +103,7 @@ pub fn measure(rounds: usize, run_ms: u64) -> Result<Shield> {
         all.limited_per_s.push(per_s(&Frame::tcp(limited, to, SYN))?);
         // Each round's source has all of its burst.
         all.passed_ns.push(ns(&Frame::tcp(from(round + 1), to, ACK), XDP_PASS)?);
+        all.foreign_ns.push(ns(&Frame::tcp(from(0), elsewhere, ACK), XDP_PASS)?);
     }
     // Nobody has this address, so nobody answers what the server answers.
     let [a, b, c, _] = pair.b.0.octets();

@@ -32,6 +32,7 @@ pub(super) fn row(figure: &Figure) -> [String; 6] {
     let spread = figure.spread;
     let bare = |value: f64| match figure.unit {
         Unit::RequestsPerSecond | Unit::MebibytesPerSecond => format!("{value:.3}"),
+        Unit::MicrosecondsRatio | Unit::Percent => format!("{value:.2}"),
         Unit::Microseconds => format!("{value:+.2}"),
         Unit::Nanoseconds => format!("{value:.0}"),
         Unit::Milliseconds => format!("{value:.1}"),
@@ -39,6 +40,8 @@ pub(super) fn row(figure: &Figure) -> [String; 6] {
     };
     let unit = match figure.unit {
         Unit::RequestsPerSecond | Unit::MebibytesPerSecond => "",
+        Unit::MicrosecondsRatio => " times",
+        Unit::Percent => "%",
         Unit::Microseconds => " us",
         Unit::Nanoseconds => " ns",
         Unit::Milliseconds => " ms",
@@ -61,9 +64,9 @@ pub(super) fn row(figure: &Figure) -> [String; 6] {
 
 fn column(value: f64, unit: Unit) -> String {
     match unit {
-        Unit::RequestsPerSecond => format!("{value:.0} req/s"),
+        Unit::RequestsPerSecond | Unit::Percent => format!("{value:.0} req/s"),
         Unit::MebibytesPerSecond => format!("{value:.0} MiB/s"),
-        Unit::Microseconds => format!("{value:.2} us"),
+        Unit::Microseconds | Unit::MicrosecondsRatio => format!("{value:.2} us"),
         Unit::Nanoseconds => format!("{value:.0} ns"),
         Unit::Milliseconds => format!("{value:.1} ms"),
         Unit::PacketsPerSecond => format!("{} M/s", millions(value)),

@@ -15,7 +15,7 @@ use enforcer_tests::guard::Deadline;
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// Half a minute instead of three: does everything work, and what is the order of magnitude?
+    /// A minute instead of five: does everything work, and what is the order of magnitude?
     #[arg(long)]
     quick: bool,
     /// Measure one thing only
@@ -36,6 +36,8 @@ enum Only {
     Revocation,
     /// How many packets one core drops at the shield
     Shield,
+    /// What limits cost, how exactly they hold, and what a flood of bad tokens does to others
+    Limits,
 }
 
 fn main() -> Result<()> {
@@ -53,6 +55,7 @@ fn main() -> Result<()> {
                 plan.shield_rounds,
                 plan.run_ms,
             )?)?),
+            Only::Limits => bench::table(&bench::limit_figures(&bench::limits::measure(plan)?)?),
         };
         print!("{table}");
         return Ok(());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Enforcement, IssuerSpec, PolicySpec, ServerSpec};
 use crate::guard::{Cgroup, NetNs};
@@ -187,6 +187,12 @@ impl GuardedBuilder {
     pub fn issuer(mut self, field: &str, value: impl Into<Value>) -> Self {
         self.issuer_fields.push((field.to_owned(), value.into()));
         self
+    }
+
+    /// One source may send so many heads that nobody knows as no test does.
+    #[must_use]
+    pub fn any_number_of_unknown(self) -> Self {
+        self.policy("unknown_requests", json!({"rate": "1000000/s", "burst": 1_000_000}))
     }
 
     /// Mode `observe`.

@@ -275,7 +275,12 @@ mod tests {
             SourceKey { cgroup_id: 0, addr: [word(0), word(1)] }
         };
         let cgroup = |cgroup_id| SourceKey { cgroup_id, addr: [0; 2] };
-        let of = |limited| Source { unknown_tat_ns: NOW_NS + SEC_NS, refused_tat_ns: 0, limited };
+        let of = |limited| Source {
+            unknown_tat_ns: NOW_NS + SEC_NS,
+            refused_tat_ns: 0,
+            answered_tat_ns: 0,
+            limited,
+        };
         let sources = BTreeMap::from([
             (cgroup(7), of(5)),
             (cgroup(8), of(4)),

@@ -185,7 +185,7 @@ impl Engine {
                             Decision::Answer { answer, framing, .. } => {
                                 let refusal =
                                     Refusal { server: Some(&server.name), ..Refusal::of(&answer, framing) };
-                                self.refuse(cookie, (head_bytes, rest), refusal, &caller, now, datapath)
+                                self.refuse(cookie, (head_bytes, rest), &refusal, &caller, now, datapath)
                             }
                             _ => Err(EngineError::NotHttp),
                         }
@@ -210,7 +210,7 @@ impl Engine {
                     misplaced: misplaced.as_ref(),
                     ..Refusal::of(&answer, framing)
                 };
-                self.refuse(cookie, (head_bytes, rest), refusal, &caller, now, datapath)
+                self.refuse(cookie, (head_bytes, rest), &refusal, &caller, now, datapath)
             }
             Decision::NeedKey { issuer, kid, .. } => {
                 let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;

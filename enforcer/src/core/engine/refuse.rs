@@ -36,16 +36,16 @@ impl Engine {
         &mut self,
         cookie: u64,
         (head_bytes, rest): (&[u8], &[u8]),
-        refusal: Refusal<'_>,
+        refusal: &Refusal<'_>,
         caller: &CallerFacts,
         now: Now,
         datapath: &mut D,
     ) -> Result<(), EngineError> {
-        let Refusal { answer, framing, .. } = refusal;
+        let &Refusal { answer, framing, .. } = refusal;
         let origin = self.flows.get(&cookie).ok_or(EngineError::RecordLost)?.origin;
-        self.log_refusal(cookie, &origin, &refusal, caller, datapath);
+        self.log_refusal(cookie, &origin, refusal, caller, datapath);
         datapath.count(answer.reason);
-        self.remember_refusal(head_bytes, &origin, &refusal, now, datapath);
+        self.remember_refusal(head_bytes, &origin, refusal, now, datapath);
         self.answer(cookie, answer, framing, datapath)?;
         let flow = self.flows.get_mut(&cookie).ok_or(EngineError::RecordLost)?;
         match flow.stage {
