@@ -43,6 +43,13 @@ pub const fn changed(tat_ns: u64, now_ns: u64, old: (u64, u64), new: (u64, u64))
     now_ns.saturating_add(burst_ns - left_ns)
 }
 
+/// Whether more places are taken than there are. Fewer than none can be taken for a moment, while the count is corrected.
+#[must_use]
+#[inline(always)]
+pub const fn too_many_open(open: u64, max_open: u64) -> bool {
+    open as i64 > 0 && open > max_open
+}
+
 /// What a connection is told to wait for a place where all are taken, in nanoseconds.
 pub const PLACE_WAIT_NS: u64 = 5_000_000_000;
 

@@ -3,12 +3,13 @@
 mod common;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use enforcer_tests::caller::{Caller, NOBODY, Place};
 use enforcer_tests::enforcement::{Guarded, GuardedBuilder};
-use enforcer_tests::guard::{Cgroup, Deadline};
-use enforcer_tests::raw::Connection;
+use enforcer_tests::guard::{Cgroup, Deadline, NetNs, veth_pair};
+use enforcer_tests::raw::{Connection, RequestBuilder};
 use serde_json::{Value, json};
 
 use common::{LIMIT, TIMEOUT, endless, ends, flows_on, open_stream, policy, tools};
@@ -140,4 +141,59 @@ fn the_command_line_tells_what_depends_on_the_caller() -> Result<()> {
         checked.stderr
     );
     Ok(())
+}
+
+/// What an unknown process of the server's host gets when it calls from that host's own addresses: nothing that needs a name.
+fn has_nobodys_name(daemon_knows_the_addresses: bool) -> Result<()> {
+    const OTHER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 55);
+    let (clients, servers) = (NetNs::new("here-clients")?, Arc::new(NetNs::new("here-servers")?));
+    let pair = veth_pair(&clients, &servers)?;
+    servers.ip(&["address", "add", &format!("{OTHER}/32"), "dev", &pair.interface_b])?;
+    let mut builder = guarded("bindhere")
+        .bind((pair.b.0, 8_080).into())
+        .server("hosts", json!(["localhost:8080"]))
+        .policy("bind", json!([{"subject": "alice", "first_use": true}]))
+        .netns(&servers);
+    let mut from = pair.b.0;
+    if daemon_knows_the_addresses {
+        builder = builder.daemon_netns(&servers);
+        from = OTHER;
+    }
+    let scene = Scene::new(builder, pair.b.0.into())?;
+    // Not below the guarded cgroup, so not known.
+    let outside = Cgroup::new("bind-stranger")?;
+    let at = |netns| Place { netns: Some(netns), ..Place::root(&outside) };
+    let request = |subject: &str| -> Result<Vec<u8>> {
+        let token = scene.guarded.mint().subject(subject).sign()?;
+        Ok(RequestBuilder::mcp_call("localhost:8080", "/mcp", Some(&token), "echo").build())
+    };
+    let (alice, bob) = (request("alice")?, request("bob")?);
+    let from = format!("{from}:0");
+    let here = |request: &[u8]| Ok(at(&servers).call(scene.at, &["--from", &from], request)?.statuses());
+    let elsewhere = |request: &[u8]| Ok(at(&clients).call(scene.at, &[], request)?.statuses());
+    let check = |case: &str, found: Result<Vec<u16>>, status| {
+        ensure!(found.as_ref().is_ok_and(|found| *found == [status]), "{case}: {found:?}");
+        Ok(())
+    };
+    check("its first use", here(&alice), 401)?;
+    check("first use elsewhere", elsewhere(&alice), 200)?;
+    check("an unbound token", here(&bob), 200)?;
+    check("an unbound token elsewhere", elsewhere(&bob), 200)?;
+    let thief = Place { netns: Some(&clients), ..Place::root(&scene.thief) };
+    assert_eq!(thief.call(scene.at, &[], &bob)?.statuses(), [200]);
+    scene.guarded.enforcement.cli_json(&["revoke", "--workload", "thief.service"])?;
+    check("it may be the thief", here(&bob), 401)?;
+    check("one elsewhere is not", elsewhere(&bob), 200)
+}
+
+#[test]
+fn an_unknown_process_has_nobodys_name_at_the_servers_address() -> Result<()> {
+    let _deadline = Deadline::new("binding: the server's address", LIMIT);
+    has_nobodys_name(false)
+}
+
+#[test]
+fn an_unknown_process_has_nobodys_name_at_any_address_of_the_host() -> Result<()> {
+    let _deadline = Deadline::new("binding: the host's addresses", LIMIT);
+    has_nobodys_name(true)
 }

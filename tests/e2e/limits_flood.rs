@@ -64,6 +64,7 @@ fn a_source_has_its_own_share_of_first_seen_heads() -> Result<()> {
         // A new connection of the same source is the same source.
         let mut again = connect_from(&guarded, Ipv4Addr::new(127, 0, 0, 9))?;
         assert_eq!(again.roundtrip(&unknown(&guarded, &guarded.token()?, 1))?.status, 429);
+        ensure!(guarded.enforcement.counter("dead-limited")? == 0);
         // Others are not: by address, and by the workload.
         let mut other = connect_from(&guarded, Ipv4Addr::new(127, 0, 0, 10))?;
         assert_eq!(other.roundtrip(&unknown(&guarded, &guarded.token()?, 2))?.status, 200);
@@ -71,7 +72,6 @@ fn a_source_has_its_own_share_of_first_seen_heads() -> Result<()> {
         let request = unknown(&guarded, &guarded.token()?, 3);
         let caller = Place::root(&agent).call(guarded.addr(), &["--from", "127.0.0.9:0"], &request)?;
         assert_eq!(caller.status(), Some(200));
-        ensure!(guarded.enforcement.counter("source-limited")? >= count - 19);
         let shown = guarded.enforcement.cli_json(&["limits", "--sources"])?;
         let [source] = shown["sources"].as_array().map(Vec::as_slice).unwrap_or_default() else {
             bail!("{shown}")
@@ -81,7 +81,8 @@ fn a_source_has_its_own_share_of_first_seen_heads() -> Result<()> {
         if blocking {
             let more =
                 || connect_from(&guarded, Ipv4Addr::new(127, 0, 0, 9))?.roundtrip(&unknown(&guarded, "x", 4));
-            ensure!(more().is_err(), "the daemon answers without a limit");
+            // The daemon may have answered some on its own account: those that came before it gave the connection back.
+            ensure!((0..=20).any(|_| more().is_err()), "the daemon answers without a limit");
             ensure!(guarded.enforcement.counter("dead-limited")? > 0);
         }
     }
@@ -167,12 +168,14 @@ fn a_flood_of_bad_tokens_stops_nobody_else() -> Result<()> {
                             break;
                         }
                         let request = unknown(guarded, &bad, 2 * number + thread);
-                        match connection.roundtrip(&request).map(|answer| answer.status) {
-                            Ok(401) => refused += 1,
-                            Ok(429) => limited += 1,
-                            Ok(other) => bail!("{other}"),
-                            // The daemon gives so many answers on one connection, and no more.
-                            Err(_) => connection = connect_from(guarded, Ipv4Addr::new(127, 0, 0, 9))?,
+                        match connection.roundtrip(&request)?.status {
+                            401 => refused += 1,
+                            429 => limited += 1,
+                            other => bail!("{other}"),
+                        }
+                        // The daemon gives 128 answers in a row on one connection.
+                        if number % 100 == 99 {
+                            connection = connect_from(guarded, Ipv4Addr::new(127, 0, 0, 9))?;
                         }
                     }
                     Ok((refused, limited))

@@ -71,12 +71,13 @@ const WRAPPINGS: &[Wrapping] = &[
     ("v4", false, |f| f),
     ("v4, VLAN", false, |f| f.tags(&[0x8100])),
     ("v4, QinQ", false, |f| f.tags(&[0x88a8, 0x8100])),
-    ("v4, old QinQ", false, |f| f.tags(&[0x9100, 0x8100])),
+    ("v4, eight tags", false, |f| f.tags(&[0x8100; 8])),
     ("v4, options", false, |f| f.ip_options(&[148, 4, 0, 0, 1, 1, 1, 0])),
     ("v4, first fragment", false, |f| f.fragment(0)),
     ("v6", true, |f| f),
     ("v6, VLAN", true, |f| f.tags(&[0x8100])),
     ("v6, QinQ", true, |f| f.tags(&[0x88a8, 0x8100])),
+    ("v6, eight tags", true, |f| f.tags(&[0x88a8; 8])),
     ("v6, hop by hop", true, |f| f.extension(0, &[5, 2, 0, 0, 1, 0])),
     ("v6, routing", true, |f| f.extension(43, &[4, 0, 0, 0, 0, 0])),
     ("v6, destination options", true, |f| f.extension(60, &[1, 4, 0, 0, 0, 0])),
@@ -149,7 +150,9 @@ fn a_packet_that_ends_too_early_does_not_pass_for_a_protected_address() -> Resul
     let scene = Scene::new("cut", json!({}))?;
     for (name, v6, wrap) in WRAPPINGS {
         let (from, to) = (client(*v6, 1), server(*v6));
-        let tag_bytes = if name.contains("QinQ") {
+        let tag_bytes = if name.contains("eight tags") {
+            32
+        } else if name.contains("QinQ") {
             8
         } else if name.contains("VLAN") {
             4
@@ -174,6 +177,29 @@ fn a_packet_that_ends_too_early_does_not_pass_for_a_protected_address() -> Resul
             }
         }
     }
+    Ok(())
+}
+
+/// The kernel takes tags of network 0 off until there are none, and takes what is in them for this interface's.
+#[test]
+fn tags_that_lead_on_to_more_than_are_read_do_not_pass() -> Result<()> {
+    let _deadline = Deadline::new("tags", LIMIT);
+    let scene = Scene::new("tags", json!({}))?;
+    let tagged = |count: usize, eighth_network: u8| {
+        let mut frame = Frame::udp(client(false, 1), SERVER_V4).tags(&vec![0x8100; count]).build();
+        for tag in 0..count {
+            frame[15 + tag * 4] = if tag == 7 { eighth_network } else { 0 };
+        }
+        frame
+    };
+    for count in [0, 1, 3, 8, 9, 30] {
+        assert_eq!(scene.verdict(&tagged(count, 0))?, XDP_DROP, "{count} tags");
+    }
+    assert_eq!(scene.verdict(&tagged(9, 5))?, XDP_PASS, "for another interface");
+    let unknown = Frame::udp(client(false, 1), SERVER_V4).tags(&[0x9100]).build();
+    assert_eq!(scene.verdict(&unknown)?, XDP_PASS, "no tag to the kernel");
+    assert_eq!(scene.enforcement.counter("shield-datagram")?, 4);
+    assert_eq!(scene.enforcement.counter("shield-unreadable")?, 2);
     Ok(())
 }
 
@@ -274,7 +300,14 @@ fn each_source_has_its_own_limits() -> Result<()> {
         let exempt = if v6 { 7 } else { 7 << 8 | 1 };
         assert_eq!(passed(exempt, SYN, 50)?, 50);
     }
-    // IPv6 clients can choose their last 64 bits.
+    // Neighbours on a link have the first 64 bits in common.
+    for last in 1..4 {
+        let neighbour = SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last)), 40_000);
+        let syn = Frame::tcp(neighbour, SERVER_V6, SYN).build();
+        let verdicts = (0..4).map(|_| scene.verdict(&syn)).collect::<Result<Vec<_>>>()?;
+        assert_eq!(verdicts, [XDP_PASS, XDP_PASS, XDP_PASS, XDP_DROP]);
+    }
+    // Other IPv6 clients can choose their last 64 bits.
     let neighbour = SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 3, 1, 2, 3, 4)), 40_000);
     assert_eq!(scene.verdict(&Frame::tcp(neighbour, SERVER_V6, SYN).build())?, XDP_DROP);
     Ok(())

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use crate::guard::{Cgroup, Finished, NetNs, Proc, bin_path, run};
 
 pub use guarded::{Guarded, GuardedBuilder};
-pub use policy::{IssuerSpec, PolicySpec, ServerSpec};
+pub use policy::{IssuerSpec, PolicySpec, ServerSpec, any_number};
 
 const BPFFS: &str = "/sys/fs/bpf";
 const RUN_DIR: &str = "/run/enforcer";

@@ -6,7 +6,7 @@ use super::{NameHash, Origin, Text, assert_layout};
 /// change its words atomically. Index 0 is no request's: it says how often the
 /// daemon is told of processes that may not connect. 32,768 entries; when all are in use, a request that needs a new one is refused.
 ///
-/// Writers: judge, inject and the daemon (`tat_ns`, `open`, the counts); the daemon (the rest). Readers: these, and the CLI.
+/// Writers: judge, inject, tag_flow (`open`) and the daemon (`tat_ns`, `open`, the counts); the daemon (the rest). Readers: these, and the CLI.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
@@ -81,7 +81,7 @@ impl SourceKey {
     }
 }
 
-/// Buckets of a source: `SOURCES`, an LRU hash by [`SourceKey`]. Writer: judge. 65,536 entries; one that is evicted begins anew. As the
+/// Buckets of a source: `SOURCES`, an LRU hash by [`SourceKey`]. Writers: judge and the daemon. 65,536 entries; one that is evicted begins anew. As the
 /// memory may be another source's while it is charged, a charge may be that one's.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -27,16 +27,16 @@ assert_layout!(ShieldConfig, 56, [
     refusal_window_ns: u64, quarantine_ns: u64, max_refusals: u64,
 ]);
 
-/// Who sends: an IPv4 address, or the first 64 bits of an IPv6 address, because a client can choose the others.
+/// Who sends: see [`crate::shield::source::key`]. Words in network order.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ShieldKey {
-    /// In network order; an IPv4 address in the first four bytes, the rest zero.
-    pub prefix: [u8; 8],
-    /// [`super::FAMILY_V4`] or [`super::FAMILY_V6`].
-    pub family: u64,
+    /// The address's first 64 bits; of an IPv4 address zero.
+    pub prefix: u64,
+    /// Its last 64 bits, if they count, else zero; an IPv4 address behind `0000:ffff`, as a v4-mapped one.
+    pub rest: u64,
 }
-assert_layout!(ShieldKey, 16, [prefix: [u8; 8], family: u64]);
+assert_layout!(ShieldKey, 16, [prefix: u64, rest: u64]);
 
 /// What a source has sent: `SHIELD_SOURCES`, an LRU hash by [`ShieldKey`]. Writer and reader: shield. 65,536 entries; an evicted source
 /// begins anew. Addresses can be forged, so whoever floods can fill it: what must not be forgotten is in `SHIELD_FAILING`.
@@ -55,8 +55,9 @@ pub struct ShieldSource {
 }
 assert_layout!(ShieldSource, 32, [key: ShieldKey, connections_tat_ns: u64, packets_tat_ns: u64]);
 
-/// A source whose requests are refused: `SHIELD_FAILING`, an LRU hash by [`ShieldKey`]. Writers: judge and inject, for connections that
-/// stand, so nobody gets in here by a forged address; the CLI, which ends a quarantine. Readers: shield, CLI. 16,384 entries.
+/// A source whose requests are refused: `SHIELD_FAILING`, an LRU hash by [`ShieldKey`]. Writers: gate and sock_ops, for connections that
+/// stood, so nobody gets in here by a forged address; the daemon, when it takes over; the CLI, which ends a quarantine. Readers: gate and
+/// sock_ops, shield, CLI. 16,384 entries.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShieldFailing {

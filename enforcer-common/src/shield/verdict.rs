@@ -47,6 +47,7 @@ pub const fn reason_index(reason: Counter) -> u32 {
 pub fn decide(kind: Kind, packet: &Packet, tables: &impl Tables) -> Verdict {
     match kind {
         Kind::Foreign | Kind::Other => return Verdict::NotOurs,
+        Kind::Wrapped => return Verdict::Drop(Counter::ShieldUnreadable),
         Kind::Tcp | Kind::Udp => {
             if !tables.is_for_endpoint(packet) {
                 return Verdict::NotOurs;
@@ -139,6 +140,7 @@ mod tests {
         {
             assert_eq!(decide(kind, &packet(SYN), &none), Verdict::NotOurs, "{kind:?}");
         }
+        assert_eq!(decide(Kind::Wrapped, &packet(0), &none), Verdict::Drop(Counter::ShieldUnreadable));
         // Another port of a protected address.
         let address = Said { endpoint: false, ..Said::ours() };
         assert_eq!(decide(Kind::Tcp, &packet(SYN), &address), Verdict::NotOurs);

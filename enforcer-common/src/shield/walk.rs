@@ -29,6 +29,8 @@ pub enum Kind {
     LaterFragment,
     /// It ends before its port, contradicts itself, or has more extension headers than anybody needs.
     Unreadable,
+    /// More VLAN tags than are read, and the last of those leads on to the next: it may be for anybody, and nothing in [`Packet`] counts.
+    Wrapped,
 }
 
 /// Where a packet goes, and where it comes from.
@@ -51,13 +53,17 @@ pub struct Packet {
     pub family: u8,
 }
 
-/// Most VLAN tags.
-pub const MAX_TAGS: u32 = 2;
+/// Most VLAN tags. The kernel takes them off without end while the next one is of network 0, which is this device's own.
+pub const MAX_TAGS: u32 = 8;
 /// Most IPv6 extension headers. RFC 8504, section 5.3 lets a node set a bound, and proposes 8.
 pub const MAX_EXTENSIONS: u32 = 8;
 
 const ETHERNET_BYTES: u32 = 14;
 const TAG_BYTES: u32 = 4;
+/// 802.1Q.
+const VLAN: u16 = 0x8100;
+/// 802.1ad.
+const SERVICE_VLAN: u16 = 0x88a8;
 const IPV6_BYTES: u32 = 40;
 
 const TCP: u8 = 6;
@@ -67,22 +73,30 @@ const UDP: u8 = 17;
 #[inline(always)]
 pub fn walk(frame: &impl Frame, packet: &mut Packet) -> Kind {
     let mut at = ETHERNET_BYTES;
-    let mut tags = 0;
-    loop {
-        let mut kind = [0; 2];
-        if !frame.load(at - 2, &mut kind) {
+    let mut kind = [0; 2];
+    if !frame.load(at - 2, &mut kind) {
+        return Kind::Foreign;
+    }
+    let mut kind = u16::from_be_bytes(kind);
+    let (mut tags, mut network) = (0, 0);
+    // Of no other type does the kernel take a tag off.
+    while kind == VLAN || kind == SERVICE_VLAN {
+        if tags == MAX_TAGS {
+            return if network == 0 { Kind::Wrapped } else { Kind::Foreign };
+        }
+        let mut tag = [0; TAG_BYTES as usize];
+        if !frame.load(at, &mut tag) {
             return Kind::Foreign;
         }
-        match u16::from_be_bytes(kind) {
-            0x0800 => return ipv4(frame, at, packet),
-            0x86dd => return ipv6(frame, at, packet),
-            // 802.1Q, 802.1ad, and what was used before it.
-            0x8100 | 0x88a8 | 0x9100 if tags < MAX_TAGS => {
-                tags += 1;
-                at += TAG_BYTES;
-            }
-            _ => return Kind::Foreign,
-        }
+        network = u16::from_be_bytes([tag[0], tag[1]]) & 0xfff;
+        kind = u16::from_be_bytes([tag[2], tag[3]]);
+        tags += 1;
+        at += TAG_BYTES;
+    }
+    match kind {
+        0x0800 => ipv4(frame, at, packet),
+        0x86dd => ipv6(frame, at, packet),
+        _ => Kind::Foreign,
     }
 }
 

@@ -119,7 +119,7 @@ fn check_tcp(frame: &[u8], header_at: usize, option_words: u8, family: u8) {
 
 #[test]
 fn tags_options_and_extensions_are_stepped_over() {
-    for tags in [&[][..], &[0x8100], &[0x88a8, 0x8100], &[0x9100, 0x8100]] {
+    for tags in [&[][..], &[0x8100], &[0x88a8, 0x8100], &[0x8100; 8]] {
         let at = 14 + tags.len() * 4;
         for words in [0, 1, 10] {
             let frame = [ethernet(tags, 0x0800), v4(words, 0x4000, 6, &tcp(words))].concat();
@@ -152,10 +152,8 @@ fn what_is_not_read_is_said() {
     let v4_frame = |packet: Vec<u8>| read(&[ethernet(&[], 0x0800), packet].concat()).0;
     let v6_frame = |packet: Vec<u8>| read(&[ethernet(&[], 0x86dd), packet].concat()).0;
     assert_eq!(read(&[ethernet(&[], 0x0806), vec![0; 28]].concat()).0, Kind::Foreign);
-    assert_eq!(
-        read(&[ethernet(&[0x88a8, 0x8100, 0x8100], 0x0800), v4(0, 0, 6, &tcp(0))].concat()).0,
-        Kind::Foreign
-    );
+    // The kernel does not know the type.
+    assert_eq!(read(&[ethernet(&[0x9100, 0x8100], 0x0800), v4(0, 0, 6, &tcp(0))].concat()).0, Kind::Foreign);
     assert_eq!(v4_frame(v4(0, 0, 1, &[8, 0, 0, 0])), Kind::Other);
     assert_eq!(v4_frame(v4(0, 0x2000, 6, &tcp(0))), Kind::Tcp, "the first fragment");
     assert_eq!(v4_frame(v4(0, 0x2000, 6, &tcp(0)[..16])), Kind::Unreadable, "a tiny first fragment");
@@ -183,6 +181,27 @@ fn what_is_not_read_is_said() {
     let mut version = v4(0, 0, 6, &tcp(0));
     version[0] = 0x65;
     assert_eq!(v4_frame(version), Kind::Foreign);
+}
+
+/// The kernel takes tags of network 0 off until there are none.
+#[test]
+fn tags_that_are_left_unread_hide_nothing() {
+    let tagged = |count: usize, last_network: u16| {
+        let mut frame = ethernet(&vec![0x8100; count], 0x0800);
+        for tag in 0..count {
+            // With a priority.
+            let network = if tag == MAX_TAGS as usize - 1 { last_network } else { 0 };
+            frame[14 + tag * 4..16 + tag * 4].copy_from_slice(&(0xe000 | network).to_be_bytes());
+        }
+        read(&[frame, v4(0, 0, 6, &tcp(0))].concat()).0
+    };
+    for count in 0..=8 {
+        assert_eq!(tagged(count, 0), Kind::Tcp, "{count}");
+    }
+    for count in [9, 10, 40] {
+        assert_eq!(tagged(count, 0), Kind::Wrapped, "{count}");
+        assert_eq!(tagged(count, 5), Kind::Foreign, "{count}: for another device");
+    }
 }
 
 proptest! {

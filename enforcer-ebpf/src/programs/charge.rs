@@ -10,7 +10,7 @@ use enforcer_common::abi::{
     Bucket, CHARGE_ANSWERED, CHARGE_GRANT, CHARGE_REFUSED, CHARGE_UNKNOWN, Counter, Flow, GRANT_BUCKETS,
     Source, SourceKey, held_as,
 };
-use enforcer_common::limit::{PLACE_WAIT_NS, admit, retry_step};
+use enforcer_common::limit::{PLACE_WAIT_NS, admit, retry_step, too_many_open};
 
 use crate::kernel::{add, compare_exchange, config, count};
 use crate::maps::{GRANTS, LIMITS, SOURCES};
@@ -253,7 +253,10 @@ extern "C" fn hold(flow: *mut Flow, slot: u32, force: u32) -> u32 {
 #[inline(always)]
 unsafe fn over_places(bucket: *const Bucket) -> bool {
     // SAFETY: the caller's.
-    unsafe { (&raw const (*bucket).open).read_volatile() > (&raw const (*bucket).max_open).read_volatile() }
+    let (open, max_open) = unsafe {
+        ((&raw const (*bucket).open).read_volatile(), (&raw const (*bucket).max_open).read_volatile())
+    };
+    too_many_open(open, max_open)
 }
 
 /// Takes away a flow's places.

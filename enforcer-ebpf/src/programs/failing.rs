@@ -6,9 +6,9 @@
 
 use aya_ebpf::maps::lpm_trie::Key;
 use enforcer_common::abi::{
-    Counter, FAMILY_V4, Flow, SHIELD_EXEMPT, SHIELD_NONE, ShieldFailing, ShieldKey, ShieldPrefix,
+    Counter, FAMILY_V4, Flow, SHIELD_EXEMPT, SHIELD_NONE, ShieldFailing, ShieldPrefix,
 };
-use enforcer_common::shield::quarantine;
+use enforcer_common::shield::{quarantine, source};
 
 use crate::kernel::{compare_exchange, count, now_ns};
 use crate::maps::{SHIELD_CONFIG, SHIELD_FAILING, SHIELD_V4, SHIELD_V6};
@@ -17,7 +17,7 @@ use crate::maps::{SHIELD_CONFIG, SHIELD_FAILING, SHIELD_V4, SHIELD_V6};
 const MAX_ENDED: u32 = 8;
 
 /// Charges a flow's source for the refusals that its client has got since it was last charged. The gate does it, at the client's next
-/// packet: the judge has no stack to spare, and by then the client has shown that it is where it says it is.
+/// packet, because the judge has no stack to spare; and `sock_ops` when the flow ends, for a client that sends no other.
 #[inline(always)]
 pub(super) fn note(flow: *mut Flow) {
     // SAFETY: the caller's pointer is a valid map value.
@@ -46,7 +46,7 @@ extern "C" fn note_refusals(flow: *mut Flow, now_ns: u64) -> u64 {
     if is_loopback || peer.addr == flow.local.addr || flow.caller.is_known() {
         return 0;
     }
-    let key = source_key(peer.family, &peer.addr);
+    let key = source::key(peer.family, &peer.addr);
     let found = match SHIELD_FAILING.get_ptr_mut(&key) {
         // SAFETY: a valid map value, whoever's it is: if it is another source's by now, that one has a refusal more.
         Some(failing) => unsafe { (&raw mut (*failing).refusals).read_volatile() },
@@ -71,28 +71,16 @@ extern "C" fn note_refusals(flow: *mut Flow, now_ns: u64) -> u64 {
 
 const LOOPBACK_V6: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
-#[inline(always)]
-pub(super) fn source_key(family: u8, address: &[u8; 16]) -> ShieldKey {
-    let mut key = ShieldKey { prefix: [0; 8], family: u64::from(family) };
-    let mut k = 0;
-    // An IPv4 address ends with zeros, as the key does.
-    while k < 8 {
-        key.prefix[k] = address[k];
-        k += 1;
-    }
-    key
-}
-
 /// Whether packets of a source are dropped because too many of its requests were refused.
 #[inline(never)]
 pub(super) fn is_quarantined(family: u8, address: &[u8; 16]) -> bool {
-    let key = source_key(family, address);
+    let key = source::key(family, address);
     let Some(failing) = SHIELD_FAILING.get_ptr(&key) else { return false };
     // SAFETY: a valid map value, whoever's it is.
     unsafe {
         let blocked_until_ns = (&raw const (*failing).blocked_until_ns).read_volatile();
         // One that is another's by now was this source's a moment ago: perhaps it is being replaced by its quarantine.
-        let is_ours = (*failing).key.prefix == key.prefix && (*failing).key.family == key.family;
+        let is_ours = (*failing).key.prefix == key.prefix && (*failing).key.rest == key.rest;
         !is_ours || blocked_until_ns != 0 && now_ns() < blocked_until_ns
     }
 }

@@ -17,10 +17,11 @@ use aya_ebpf::programs::XdpContext;
 use enforcer_common::abi::{Counter, EndpointKey, MODE_OBSERVE, SHIELD_REASONS, ShieldConfig, ShieldSource};
 use enforcer_common::limit;
 use enforcer_common::shield::options::{self, MAX_STEPS, OPTION_BYTES};
+use enforcer_common::shield::source;
 use enforcer_common::shield::verdict::{Tables, Verdict, decide, reason_index};
 use enforcer_common::shield::walk::{Frame, Packet, walk};
 
-use super::failing::{is_quarantined, listed, source_key};
+use super::failing::{is_quarantined, listed};
 use super::sock_ops::endpoint;
 use crate::kernel::{self, Failed, bounded, config, count, now_ns};
 use crate::maps::{SHIELD_ADDRESSES, SHIELD_CONFIG, SHIELD_INTERFACES, SHIELD_OPTIONS, SHIELD_SOURCES};
@@ -137,7 +138,7 @@ fn destination(packet: &Packet, port: u16) -> EndpointKey {
 
 #[inline(never)]
 fn charge(config: &ShieldConfig, packet: &Packet, is_new: bool) -> Result<(), Counter> {
-    let key = source_key(packet.family, &packet.source);
+    let key = source::key(packet.family, &packet.source);
     let source = match SHIELD_SOURCES.get_ptr_mut(&key) {
         Some(source) => source,
         None => {
@@ -150,7 +151,7 @@ fn charge(config: &ShieldConfig, packet: &Packet, is_new: bool) -> Result<(), Co
     let now_ns = now_ns();
     // SAFETY: a valid map value, whoever's it is. A stranger's bucket that is charged by accident loses one event.
     unsafe {
-        if (*source).key.prefix != key.prefix || (*source).key.family != key.family {
+        if (*source).key.prefix != key.prefix || (*source).key.rest != key.rest {
             return Err(Counter::ShieldSourcesFull);
         }
         if !admit(

@@ -20,7 +20,7 @@ use enforcer_common::flow::{Ctl, State};
 
 use super::hold;
 use super::punt::{self, Event, Payload};
-use super::{caller, charge};
+use super::{caller, charge, failing};
 use crate::kernel::{CtlCell, config, count, now_ns};
 use crate::maps::{ENDPOINTS, FLOWS, SOCKETS};
 use crate::tcp;
@@ -161,7 +161,9 @@ fn closed(ctx: &SockOpsContext) {
     let Some(flow) = (unsafe { FLOWS.get(cookie) }) else { return };
     let (flags, netns_cookie, endpoint_id) = (flow.flags, flow.netns_cookie, flow.endpoint_id);
     let interface = flow.interface;
-    charge::let_go(core::ptr::from_ref(flow).cast_mut());
+    let flow = core::ptr::from_ref(flow).cast_mut();
+    failing::note(flow);
+    charge::let_go(flow);
     let _ = FLOWS.remove(cookie);
     count(Counter::FlowClosed);
     if flags & FLOW_PUNTED_ONCE != 0 {

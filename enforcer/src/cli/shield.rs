@@ -282,7 +282,8 @@ fn clear_ended(maps: &mut ShieldMaps, now_ns: u64) -> anyhow::Result<Vec<Prefix>
 
 #[cfg(test)]
 mod tests {
-    use enforcer_common::abi::{FAMILY_V4, ShieldFailing, ShieldKey};
+    use enforcer_common::abi::{FAMILY_V4, ShieldFailing};
+    use enforcer_common::shield::source;
 
     use super::*;
 
@@ -299,7 +300,9 @@ mod tests {
             prefix("2001:db8::/32", entry(SHIELD_EXEMPT, SHIELD_NONE, 0)),
         ];
         let failing = |last, blocked_until_ns| {
-            let key = ShieldKey { prefix: [198, 51, 100, last, 0, 0, 0, 0], family: u64::from(FAMILY_V4) };
+            let mut address = [0; 16];
+            address[..4].copy_from_slice(&[198, 51, 100, last]);
+            let key = source::key(FAMILY_V4, &address);
             let network = IpNet::from(std::net::IpAddr::from([198, 51, 100, last]));
             Failing { network, entry: ShieldFailing { key, refusals: 0, blocked_until_ns } }
         };

@@ -50,7 +50,8 @@ fn may_admit(server: &Server, workload: &Workload) -> bool {
 fn may_match(rule: &WorkloadRule, workload: &Workload) -> bool {
     let by_path = WorkloadRule { labels: Vec::new(), uids: Vec::new(), networks: Vec::new(), ..rule.clone() };
     let address = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    !by_path.needs_path() || by_path.matches(&CallerView { workload: Some(workload), uid: 0, address })
+    !by_path.needs_path()
+        || by_path.matches(&CallerView { workload: Some(workload), uid: 0, address, is_of_this_host: true })
 }
 
 #[cfg(test)]

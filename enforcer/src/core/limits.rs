@@ -301,14 +301,26 @@ impl BucketTable {
         }
     }
 
+    /// How many places of each bucket are taken.
+    pub fn places<D: Datapath>(&self, datapath: &mut D) -> HashMap<u32, u64> {
+        let open = |index: &u32| Some((*index, datapath.bucket(*index).ok()?.open));
+        self.keys.keys().filter_map(open).collect()
+    }
+
     /// Compares the places that are taken with the connections that have one, and gives back what is too many at two looks in a row: a
-    /// connection that ended while the daemon carried its request can leave one behind.
-    pub fn settle_places<D: Datapath>(&mut self, taken: &HashMap<u32, u64>, datapath: &mut D) {
+    /// connection that ended while the daemon carried its request can leave one behind. Buckets whose places are others than before the
+    /// connections were looked at say nothing.
+    pub fn settle_places<D: Datapath>(
+        &mut self,
+        before: &HashMap<u32, u64>,
+        taken: &HashMap<u32, u64>,
+        datapath: &mut D,
+    ) {
         let mut suspected = HashMap::new();
         for index in self.keys.keys() {
             let Ok(bucket) = datapath.bucket(*index) else { continue };
             let wrong = bucket.open.wrapping_sub(taken.get(index).copied().unwrap_or(0));
-            if wrong == 0 {
+            if wrong == 0 || before.get(index) != Some(&bucket.open) {
                 continue;
             }
             if self.suspected.get(index) == Some(&wrong) {

@@ -63,17 +63,25 @@ pub struct CallerFacts {
     pub workload: Option<Arc<Workload>>,
     /// Where the connection comes from.
     pub address: IpAddr,
+    /// That is an address of this host.
+    pub is_of_this_host: bool,
 }
 
 impl CallerFacts {
     /// Nothing is known, also no address.
-    pub const NOTHING: Self =
-        Self { uid: u32::MAX, is_known: false, workload: None, address: IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+    pub const NOTHING: Self = Self {
+        uid: u32::MAX,
+        is_known: false,
+        workload: None,
+        address: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        is_of_this_host: false,
+    };
 
     /// As policy asks for it.
     #[must_use]
     pub fn view(&self) -> CallerView<'_> {
-        CallerView { workload: self.workload.as_deref(), uid: self.uid, address: self.address }
+        let Self { uid, is_known: _, ref workload, address, is_of_this_host } = *self;
+        CallerView { workload: workload.as_deref(), uid, address, is_of_this_host }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::datapath::{Injectors, LiveError, Maps, NamespaceSearch, Searched, Soc
 use crate::http::answer::Answer;
 use crate::lifecycle::paths;
 use crate::revocation::Revocations;
-use crate::workload::{Workloads, comm};
+use crate::workload::{OwnAddresses, Workloads, comm};
 
 /// Why the kernel did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +62,7 @@ pub(super) struct Kernel {
     barred: (BTreeSet<Barred>, u64),
     /// None: there is no hierarchy to look in.
     workloads: Option<Workloads>,
+    own: OwnAddresses,
 }
 
 /// A policy that the maps do not name yet.
@@ -87,6 +88,7 @@ impl Kernel {
             unsettled: None,
             barred,
             workloads: paths::cgroup2_root().ok().map(Workloads::new),
+            own: OwnAddresses::default(),
         })
     }
 
@@ -94,14 +96,19 @@ impl Kernel {
         &mut self.maps
     }
 
-    /// Who that is. A process that may be in the workload saves a walk.
-    fn facts(&mut self, origin: &Origin, pid: u32) -> CallerFacts {
+    /// Who that is, on this connection if it is known. Its process may be in the workload, which saves a walk.
+    fn facts(&mut self, origin: &Origin, flow: Option<&Flow>) -> CallerFacts {
+        let pid = flow.map_or(0, |flow| flow.caller.pid);
+        let address = IpAddr::from(origin.address()).to_canonical();
+        // In another network namespace this host has other addresses, of which the server's own is one.
+        let is_to_itself = flow.is_some_and(|flow| flow.peer.addr == flow.local.addr);
         let caller = Caller { cgroup_id: origin.cgroup_id(), uid: origin.uid(), pid, ..Caller::UNKNOWN };
         CallerFacts {
             uid: origin.uid(),
             is_known: caller.is_known(),
             workload: self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller)),
-            address: IpAddr::from(origin.address()).to_canonical(),
+            address,
+            is_of_this_host: is_to_itself || self.own.contains(address),
         }
     }
 
@@ -112,13 +119,13 @@ impl Kernel {
             self.maps.unbar(gone);
         }
         let known = |key: &&Barred| old_generation == generation && old.contains(key);
-        let failed =
-            barred.iter().filter(|key| !known(key)).filter(|key| self.maps.bar(key, generation).is_err());
-        let failed = failed.count();
+        let written = |key: &&Barred| known(key) || self.maps.bar(key, generation).is_ok();
+        let written: BTreeSet<_> = barred.iter().filter(written).copied().collect();
+        let failed = barred.len() - written.len();
         if failed != 0 {
             warn!(failed, "workloads that may not connect are let connect; their requests are refused");
         }
-        self.barred = (barred.clone(), generation);
+        self.barred = (written, generation);
     }
 
     /// Keeps the links for as long as the daemon lives.
@@ -329,7 +336,7 @@ impl Datapath for Kernel {
     }
 
     fn holder(&mut self, caller: &Origin) -> CallerFacts {
-        self.facts(caller, 0)
+        self.facts(caller, None)
     }
 
     fn first_user(&mut self, key: &NameHash) -> Result<Option<FirstUser>, KernelError> {
@@ -345,9 +352,9 @@ impl Datapath for Kernel {
     }
 
     fn caller(&mut self, cookie: u64, origin: &Origin) -> CallerFacts {
-        // The process helps to find the workload, and nothing more: the record may be gone, or another flow's.
-        let pid = self.maps.live.flows.get(&cookie, 0).map_or(0, |flow| flow.caller.pid);
-        self.facts(origin, pid)
+        // The record may be gone, or another flow's by now: whoever it is of, it is not this caller that it speaks for.
+        let flow = self.maps.live.flows.get(&cookie, 0).ok();
+        self.facts(origin, flow.as_ref())
     }
 
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), KernelError> {

@@ -76,7 +76,10 @@ pub(super) fn load(
     let config = with_limits(config, policy, &mut engine, &mut kernel)?;
     kernel.maps().set_config(config)?;
     state.inherit(pins, &mut kernel.maps().live)?;
-    for (key, user) in datapath::first_users_left_behind(pins) {
+    let first_users = datapath::first_users_left_behind(pins).context(
+        "cannot read who presented first tokens, so whoever comes next would be the first; to begin anew, run `enforcer unload`",
+    )?;
+    for (key, user) in first_users {
         kernel.maps().live.first_users.insert(key, user, 0)?;
     }
     state.bring_together(&mut kernel.maps().live, policy, super::now().unix_secs)?;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::{MapData, MapError};
 use enforcer_common::abi::{Bucket, GRANT_BUCKETS, MAX_BUCKETS, map};
-use enforcer_common::limit::{PLACE_WAIT_NS, admit, changed};
+use enforcer_common::limit::{PLACE_WAIT_NS, admit, changed, too_many_open};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::{LiveError, PinDir};
@@ -179,7 +179,7 @@ impl Buckets {
             return Err(NEVER_NS);
         }
         // The place itself is taken by the kernel, when the request goes to the server.
-        if !held && bucket.open >= bucket.max_open {
+        if !held && too_many_open(bucket.open.wrapping_add(1), bucket.max_open) {
             return Err(PLACE_WAIT_NS);
         }
         let word = self.word(index, TAT).ok_or(NEVER_NS)?;

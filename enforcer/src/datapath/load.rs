@@ -71,7 +71,7 @@ pub enum LoadError {
 }
 
 /// Lines of a verifier log that are shown: its last ones say what is wrong.
-const MAX_LOG_LINES: usize = 60;
+const MAX_LOG_LINES: usize = 12;
 
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -136,13 +136,20 @@ fn load_into(pins: &PinDir) -> Result<Ebpf, LoadError> {
 /// See [`LoadError`]. Some programs may have been replaced then; the others guard as before.
 pub fn replace(pins: &PinDir) -> Result<(), LoadError> {
     let mut ebpf = load_programs(pins)?;
-    let shields = shield::link_pins(pins).into_iter().map(|(_, path)| (SHIELD, path));
+    // The kernel updates no link whose interface is gone. Its pin goes when the shield is raised.
+    let shields =
+        shield::link_pins(pins).into_iter().filter(|(index, path)| shield::is_attached(*index, path));
+    let shields = shields.map(|(_, path)| (SHIELD, path));
     let links = LINKS.map(|(name, link)| (name, pins.pin(link)));
     for (name, path) in links.into_iter().chain(shields) {
         let link = sys::open(&path).map_err(|error| pin_error(&path, &error))?;
         let program =
             any_program(&mut ebpf, name)?.fd().map_err(|source| LoadError::Program { name, source })?.as_fd();
-        sys::update_link(link.as_fd(), program).map_err(|source| LoadError::Replace { name, source })?;
+        match sys::update_link(link.as_fd(), program) {
+            // It went at this moment.
+            Err(error) if name == SHIELD && error.raw_os_error() == Some(libc::ENOLINK) => {}
+            done => done.map_err(|source| LoadError::Replace { name, source })?,
+        }
     }
     attach_to_sockets(&mut ebpf, pins)?;
     for name in PROGRAMS {

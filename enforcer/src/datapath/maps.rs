@@ -177,13 +177,17 @@ fn get<T: Borrow<MapData>, V: Pod>(
     array.get(&index, 0).map_err(|source| LiveError::Map { name, source })
 }
 
-/// The first users that the maps of an earlier enforcement hold, if they can be read.
-#[must_use]
-pub fn first_users_left_behind(pins: &PinDir) -> Vec<(NameHash, FirstUser)> {
-    let opened: Result<HashMap<MapData, NameHash, FirstUser>, _> = open(pins, map::FIRST_USERS, Map::HashMap);
-    let all =
-        opened.map(|users| users.iter().take(MAX_FIRST_USERS as usize).filter_map(Result::ok).collect());
-    all.unwrap_or_default()
+/// The first users that the maps of an earlier enforcement hold; none if there are no such maps.
+///
+/// # Errors
+/// See [`LiveError`]: its maps may be of another version.
+pub fn first_users_left_behind(pins: &PinDir) -> Result<Vec<(NameHash, FirstUser)>, LiveError> {
+    if !pins.pin(map::FIRST_USERS).exists() {
+        return Ok(Vec::new());
+    }
+    let users: HashMap<MapData, NameHash, FirstUser> = open(pins, map::FIRST_USERS, Map::HashMap)?;
+    let failed = |source| LiveError::Map { name: map::FIRST_USERS, source };
+    users.iter().take(MAX_FIRST_USERS as usize).collect::<Result<_, _>>().map_err(failed)
 }
 
 /// What the daemon writes.
@@ -355,8 +359,8 @@ impl Maps {
         set(&mut self.live.limit_labels, map::LIMIT_LABELS, index, *label)
     }
 
-    /// Charges a request that the kernel does not know to where it comes from, as the kernel does. One that is charged there at this very
-    /// moment may be forgotten.
+    /// Charges a request that the kernel does not know to where it comes from, as the kernel does. What the kernel charges there, for whatever,
+    /// at this very moment may be forgotten.
     ///
     /// # Errors
     /// It is over the limit, for so many nanoseconds; what can't be read or written refuses.

@@ -41,7 +41,7 @@ fn address(text: &str) -> IpAddr {
 }
 
 fn at(workload: Option<&Workload>) -> CallerView<'_> {
-    CallerView { workload, uid: 1000, address: address("10.1.2.3") }
+    CallerView { workload, uid: 1000, address: address("10.1.2.3"), is_of_this_host: false }
 }
 
 fn token(claim: &str, value: &serde_json::Value) -> VerifiedToken {

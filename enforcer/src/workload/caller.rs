@@ -17,6 +17,8 @@ pub struct CallerView<'a> {
     pub uid: u32,
     /// Where the connection comes from.
     pub address: IpAddr,
+    /// That is an address of this host, which any of its processes can have.
+    pub is_of_this_host: bool,
 }
 
 impl CallerView<'_> {
@@ -54,7 +56,7 @@ impl CallerView<'_> {
     pub fn has_name(&self) -> bool {
         match self.workload {
             Some(workload) => workload.cgroup_path.is_some(),
-            None => !self.address.to_canonical().is_loopback(),
+            None => !self.is_of_this_host,
         }
     }
 

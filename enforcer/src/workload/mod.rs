@@ -6,6 +6,7 @@ mod binding_tests;
 mod caller;
 mod identity;
 mod labels;
+mod own;
 mod tree;
 mod unmatched;
 
@@ -14,6 +15,7 @@ pub use binding::{BindFault, Bound, bind, callers_allow};
 pub use caller::CallerView;
 pub use identity::Identity;
 pub(crate) use identity::{is_container_id, is_pod_uid, is_unit};
+pub use own::OwnAddresses;
 pub use tree::Workloads;
 pub(crate) use tree::cgroups;
 pub use unmatched::unmatched_here;

@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::enforcement::{Enforcement, IssuerSpec, PolicySpec, ServerSpec};
-use enforcer_tests::guard::{Cgroup, Deadline, wait_until};
+use enforcer_tests::enforcement::{Enforcement, IssuerSpec, PolicySpec, ServerSpec, skip};
+use enforcer_tests::guard::{Cgroup, Deadline, NetNs, join, wait_until};
+use enforcer_tests::issuer::{Alg, Issuer};
 use serde_json::{Value, json};
 
 use crate::common::{LIMIT, TIMEOUT};
@@ -125,6 +127,82 @@ fn an_interface_that_is_missing_or_goes_away_is_said() -> Result<()> {
     let status = scene.guarded.enforcement.cli_json(&["status"])?;
     assert_eq!(status["state"], json!("enforcing"));
     ensure!(program_on(&scene.server, "lo")?.is_none());
+    Ok(())
+}
+
+/// The kernel updates no link whose interface is gone.
+#[test]
+fn a_start_that_replaces_programs_shields_an_interface_that_came_back() -> Result<()> {
+    let _deadline = Deadline::new("came back", LIMIT);
+    let mut scene = Scene::with("shield-back", json!({}), |builder| {
+        builder.option("--keep").option("--replace-programs")
+    })?;
+    scene.guarded.enforcement.stop()?;
+    scene.server.ip(&["link", "del", &scene.pair.interface_a])?;
+    join(&scene.server, &scene.client, &scene.pair)?;
+    assert_eq!(scene.program()?, None);
+    scene.guarded.enforcement.launch()?;
+    ensure!(scene.program()?.is_some(), "the new interface has no shield");
+    let status = scene.guarded.enforcement.cli_json(&["status"])?;
+    let interfaces = status.pointer("/loaded/shield/interfaces").and_then(Value::as_array);
+    assert_eq!(interfaces.context("no interfaces")?.len(), 1, "{status}");
+    assert_eq!(scene.interface()?["attached"], json!(true));
+    scene.is_served(2)
+}
+
+#[test]
+fn an_interface_without_ethernet_headers_ends_the_start() -> Result<()> {
+    const NAME: &str = "an_interface_without_ethernet_headers_ends_the_start";
+    let _deadline = Deadline::new("tunnel", LIMIT);
+    let netns = Arc::new(NetNs::new("shield-tun")?);
+    if let Err(error) = netns.ip(&["tuntap", "add", "dev", "tunnel0", "mode", "tun"]) {
+        skip(NAME, &format!("no tunnel can be made: {error:#}"));
+        return Ok(());
+    }
+    // By its own name the policy may not name it.
+    netns.ip(&["link", "set", "lo", "down"])?;
+    netns.ip(&["link", "set", "lo", "name", "back0"])?;
+    let issuer = Issuer::new("https://login.example.com/tools", Alg::Es256)?;
+    for (interface, said) in [("tunnel0", "not an Ethernet interface"), ("back0", "a loopback interface")] {
+        let server = ServerSpec::new("tools", &[([127, 0, 0, 1], 9).into()], "https://mcp.example.com/mcp");
+        let policy = PolicySpec::new(vec![IssuerSpec::from_file("corp", &issuer)], vec![server])
+            .with("shield", json!({ "interfaces": [interface] }));
+        let mut enforcement =
+            Enforcement::prepare(Cgroup::new("shield-tun")?, &policy, &["--drain-timeout", "0"])?;
+        enforcement.live_in(&netns);
+        let mut daemon = enforcement.spawn_daemon()?;
+        ensure!(!daemon.wait(LIMIT)?.success(), "it started with {interface}");
+        let log = daemon.stderr();
+        ensure!(log.contains(interface) && log.contains(said), "{log}");
+        assert_eq!(enforcement.leftover_pins(), Vec::<PathBuf>::new());
+    }
+    Ok(())
+}
+
+/// A dummy interface's driver can't run programs.
+#[test]
+fn a_start_that_is_refused_the_other_way_leaves_the_interface_as_it_was() -> Result<()> {
+    const NAME: &str = "a_start_that_is_refused_the_other_way_leaves_the_interface_as_it_was";
+    let _deadline = Deadline::new("refused", LIMIT);
+    let mut scene = Scene::with("shield-mode", json!({}), |builder| builder.option("--keep"))?;
+    if let Err(error) = scene.server.ip(&["link", "add", "driverless0", "type", "dummy"]) {
+        skip(NAME, &format!("no such interface can be made: {error:#}"));
+        return Ok(());
+    }
+    let attach = |mode: &str| json!({ "interfaces": ["driverless0"], "attach": mode });
+    scene.guarded.enforcement.stop()?;
+    scene.guarded.enforcement.write_policy(&policy(&scene, Some(attach("generic"))))?;
+    scene.guarded.enforcement.launch()?;
+    assert!(matches!(program_on(&scene.server, "driverless0")?, Some((_, false))));
+    scene.guarded.enforcement.stop()?;
+    scene.guarded.enforcement.write_policy(&policy(&scene, Some(attach("native"))))?;
+    let mut daemon = scene.guarded.enforcement.spawn_daemon()?;
+    ensure!(!daemon.wait(TIMEOUT)?.success(), "a driver ran the program");
+    let log = daemon.stderr();
+    ensure!(log.contains("cannot attach") && log.contains("driverless0"), "{log}");
+    assert!(matches!(program_on(&scene.server, "driverless0")?, Some((_, false))));
+    let row = scene.interface()?;
+    assert_eq!((&row["attached"], &row["mode"]), (&json!(true), &json!("generic")));
     Ok(())
 }
 

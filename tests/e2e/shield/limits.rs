@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::GuardedBuilder;
-use enforcer_tests::guard::{Deadline, wait_until};
+use enforcer_tests::guard::{Deadline, NetNs, wait_until};
 use enforcer_tests::raw::Connection;
 use serde_json::{Value, json};
 
@@ -104,6 +104,33 @@ fn a_source_that_keeps_failing_is_quarantined_for_its_time() -> Result<()> {
     wait_until("the quarantine's end", TIMEOUT, || scene.is_served(2).ok())?;
     assert_eq!(quarantined(&scene)?, Vec::<Value>::new());
     Ok(())
+}
+
+/// Nothing of it comes after its requests, not even an acknowledgement of the answers.
+#[test]
+fn a_client_that_falls_silent_is_quarantined_when_its_connections_end() -> Result<()> {
+    let _deadline = Deadline::new("silent", LIMIT);
+    let quarantine = json!({ "refusals": 2, "within": "1h", "for": "1h" });
+    let scene = Scene::new("shield-mute", json!({ "quarantine": quarantine }))?;
+    // The server gives a silent client up after 600 ms.
+    scene.server.run(|| std::fs::write("/proc/sys/net/ipv4/tcp_retries2", "1"))??;
+    let mut open = (0..3).map(|_| scene.connect_from(11)).collect::<Result<Vec<_>>>()?;
+    let (client, server) = (scene.address(11).to_string(), scene.pair.a.0.to_string());
+    let lead_astray = |netns: &NetNs, address: &str, interface: &str| {
+        let nowhere = "02:00:00:00:00:99";
+        netns.ip(&["neigh", "replace", address, "lladdr", nowhere, "dev", interface, "nud", "permanent"])
+    };
+    lead_astray(&scene.server, &client, &scene.pair.interface_a)?;
+    for (number, connection) in open.iter_mut().enumerate() {
+        connection.send(&scene.request(false, number)?)?;
+    }
+    lead_astray(&scene.client, &server, &scene.pair.interface_b)?;
+    wait_until("the quarantine", TIMEOUT, || (scene.counter("source-quarantined").ok()? == 1).then_some(()))?;
+    assert_eq!(quarantined(&scene)?[0]["source"], json!(format!("{client}/32")));
+    scene.client.ip(&["neigh", "del", &server, "dev", &scene.pair.interface_b])?;
+    scene.server.ip(&["neigh", "del", &client, "dev", &scene.pair.interface_a])?;
+    scene.is_shut_out(11)?;
+    scene.is_served(12)
 }
 
 #[test]

@@ -130,7 +130,7 @@ impl Drop for Scene {
     }
 }
 
-/// Guards these endpoints of the cgroup's processes for tokens of one issuer.
+/// Guards these endpoints of the cgroup's processes for tokens of one issuer, of which one address may send any number.
 pub(crate) fn enforce(cgroup: Cgroup, listen: &[SocketAddr]) -> Result<(Enforcement, Issuer)> {
     enforce_as(cgroup, listen, |policy| policy)
 }
@@ -143,7 +143,7 @@ pub(crate) fn enforce_as(
 ) -> Result<(Enforcement, Issuer)> {
     let issuer = Issuer::new("https://issuer.test", Alg::Es256)?;
     let corp = IssuerSpec::from_file("corp", &issuer);
-    let policy = change(PolicySpec::new(vec![corp], vec![server(listen)]));
+    let policy = change(PolicySpec::new(vec![corp], vec![server(listen)]).any_number_of_unknown());
     Ok((Enforcement::start(cgroup, &policy)?, issuer))
 }
 

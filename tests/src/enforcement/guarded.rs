@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{Enforcement, IssuerSpec, PolicySpec, ServerSpec};
+use super::{Enforcement, IssuerSpec, PolicySpec, ServerSpec, any_number};
 use crate::guard::{Cgroup, NetNs};
 use crate::issuer::{Alg, Issuer, Mint};
 use crate::raw::{Connection, RequestBuilder};
@@ -192,7 +192,7 @@ impl GuardedBuilder {
     /// One source may send so many heads that nobody knows as no test does.
     #[must_use]
     pub fn any_number_of_unknown(self) -> Self {
-        self.policy("unknown_requests", json!({"rate": "1000000/s", "burst": 1_000_000}))
+        self.policy("unknown_requests", any_number())
     }
 
     /// Mode `observe`.

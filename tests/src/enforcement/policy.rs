@@ -45,6 +45,12 @@ impl PolicySpec {
         self
     }
 
+    /// One source may send so many heads that nobody knows as no test does.
+    #[must_use]
+    pub fn any_number_of_unknown(self) -> Self {
+        self.with("unknown_requests", any_number())
+    }
+
     /// The document.
     #[must_use]
     pub fn document(&self) -> Value {
@@ -141,4 +147,10 @@ impl ServerSpec {
         self.fields.insert(field.to_owned(), value.into());
         self
     }
+}
+
+/// A limit that no test reaches.
+#[must_use]
+pub fn any_number() -> Value {
+    json!({"rate": "1000000/s", "burst": 1_000_000})
 }

@@ -169,6 +169,15 @@ pub fn veth_pair(a: &NetNs, b: &NetNs) -> Result<VethPair> {
         a: (Ipv4Addr::new(10, 231, octet, 1), Ipv6Addr::new(0xfd00, 0xe4f, subnet, 0, 0, 0, 0, 1)),
         b: (Ipv4Addr::new(10, 231, octet, 2), Ipv6Addr::new(0xfd00, 0xe4f, subnet, 0, 0, 0, 0, 2)),
     };
+    join(a, b, &pair)?;
+    Ok(pair)
+}
+
+/// Makes a pair, anew where one like it was deleted: see [`veth_pair`].
+///
+/// # Errors
+/// As there.
+pub fn join(a: &NetNs, b: &NetNs, pair: &VethPair) -> Result<()> {
     let (name_a, name_b) = (pair.interface_a.as_str(), pair.interface_b.as_str());
     a.ip(&["link", "add", name_a, "type", "veth", "peer", "name", name_b, "netns", &b.path()])?;
     for (ns, name, (v4, v6)) in [(a, name_a, pair.a), (b, name_b, pair.b)] {
@@ -176,7 +185,7 @@ pub fn veth_pair(a: &NetNs, b: &NetNs) -> Result<VethPair> {
         add_address(ns, name, v6.into(), 64)?;
         ns.ip(&["link", "set", name, "up"])?;
     }
-    Ok(pair)
+    Ok(())
 }
 
 fn add_address(ns: &NetNs, interface: &str, address: IpAddr, prefix_bits: u8) -> Result<()> {

@@ -14,8 +14,12 @@ mod callers;
 mod paths;
 
 /// Nobody knows who it is.
-const REMOTE: CallerView<'_> =
-    CallerView { workload: None, uid: u32::MAX, address: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)) };
+const REMOTE: CallerView<'_> = CallerView {
+    workload: None,
+    uid: u32::MAX,
+    address: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+    is_of_this_host: false,
+};
 
 /// Knows tokens by their names; `good` holds every scope, `scopes.a.b` holds a and b (`~` stands for a colon).
 struct Fake;

@@ -11,7 +11,9 @@ use crate::cli::exit::{FAILURE, failed};
 use crate::lifecycle::paths;
 use crate::policy::{CgroupGlob, Network, Policy, Server, WorkloadRule};
 use crate::token::VerifiedToken;
-use crate::workload::{CallerView, Identity, Workload, Workloads, bind, callers_allow, is_about};
+use crate::workload::{
+    CallerView, Identity, OwnAddresses, Workload, Workloads, bind, callers_allow, is_about,
+};
 
 /// The user that nobody is.
 const NO_UID: u32 = u32::MAX;
@@ -113,7 +115,8 @@ impl Caller {
     }
 
     pub(super) fn view(&self) -> CallerView<'_> {
-        CallerView { workload: self.workload.as_ref(), uid: self.uid, address: self.address }
+        let is_of_this_host = OwnAddresses::default().contains(self.address);
+        CallerView { workload: self.workload.as_ref(), uid: self.uid, address: self.address, is_of_this_host }
     }
 
     fn shown(&self) -> String {

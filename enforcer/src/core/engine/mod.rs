@@ -356,6 +356,7 @@ impl Engine {
         if self.buckets.is_short() {
             self.buckets.free(&self.grants.buckets(), now, datapath);
         }
+        let before = self.buckets.places(datapath);
         let mut taken = HashMap::new();
         let mut seen = BTreeSet::new();
         let all = datapath.flows(&mut |cookie, flow| {
@@ -366,7 +367,7 @@ impl Engine {
             }
         });
         match all {
-            Ok(()) => self.buckets.settle_places(&taken, datapath),
+            Ok(()) => self.buckets.settle_places(&before, &taken, datapath),
             Err(error) => warn!(%error, "not all flows could be looked through for places in limits"),
         }
     }

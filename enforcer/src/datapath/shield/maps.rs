@@ -7,10 +7,10 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues};
 use aya::util::nr_cpus;
 use enforcer_common::abi::{
-    EndpointKey, FAMILY_V4, MAX_SHIELD_FAILING, MAX_SHIELD_PREFIXES, SHIELD_EXEMPT, SHIELD_NONE,
-    SHIELD_REASONS, ShieldConfig, ShieldFailing, ShieldInterface, ShieldKey, ShieldPrefix, map, text,
-    text_str,
+    EndpointKey, MAX_SHIELD_FAILING, MAX_SHIELD_PREFIXES, SHIELD_EXEMPT, SHIELD_NONE, SHIELD_REASONS,
+    ShieldConfig, ShieldFailing, ShieldInterface, ShieldKey, ShieldPrefix, map, text, text_str,
 };
+use enforcer_common::shield::source;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::super::maps::open;
@@ -30,7 +30,7 @@ pub struct Prefix {
 /// A source whose requests were refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Failing {
-    /// An address, or the first 64 bits of one.
+    /// See [`source::key`].
     pub network: IpNet,
     /// What is known of it.
     pub entry: ShieldFailing,
@@ -120,8 +120,17 @@ impl ShieldMaps {
     /// # Errors
     /// See [`LiveError`].
     pub fn prefix(&self, network: IpNet) -> Result<ShieldPrefix, LiveError> {
-        let found = self.prefixes()?.into_iter().find(|prefix| prefix.network == network);
-        Ok(found.map(|prefix| prefix.entry).unwrap_or_default())
+        let bits = u32::from(network.prefix_len());
+        let (found, name) = match network {
+            IpNet::V4(net) => (self.v4.get(&Key::new(bits, net.network().octets()), 0), map::SHIELD_V4),
+            IpNet::V6(net) => (self.v6.get(&Key::new(bits, net.network().octets()), 0), map::SHIELD_V6),
+        };
+        match found {
+            Ok(entry) if entry.bits == bits => Ok(entry),
+            // A shorter one.
+            Ok(_) | Err(MapError::KeyNotFound) => Ok(ShieldPrefix::default()),
+            Err(source) => Err(LiveError::Map { name, source }),
+        }
     }
 
     /// Says something of a prefix; nothing at all removes it.
@@ -231,18 +240,26 @@ impl ShieldMaps {
         let _ = self.interfaces.remove(&index);
     }
 
-    /// Takes over what operators said, and who is quarantined.
-    pub(super) fn copy_operators(&mut self, from: &Self) -> Result<(), LiveError> {
-        for Prefix { network, entry } in from.prefixes()? {
-            if entry.operator != SHIELD_NONE {
-                let ours = self.prefix(network)?;
-                self.set_prefix(network, ShieldPrefix { policy: ours.policy, ..entry })?;
-            }
+    /// Takes over what operators said, and who is quarantined. What can't be taken over is left: how many entries, if all could be
+    /// read, and why the first.
+    pub(super) fn copy_operators(&mut self, from: &Self) -> Result<(), (Option<usize>, LiveError)> {
+        let unread = |error| (None, error);
+        let (prefixes, failing) = (from.prefixes().map_err(unread)?, from.failing().map_err(unread)?);
+        let mut errors = Vec::new();
+        for Prefix { network, entry } in
+            prefixes.into_iter().filter(|found| found.entry.operator != SHIELD_NONE)
+        {
+            let ours = self.prefix(network);
+            let set =
+                ours.and_then(|ours| self.set_prefix(network, ShieldPrefix { policy: ours.policy, ..entry }));
+            errors.extend(set.err());
         }
-        for Failing { entry, .. } in from.failing()? {
-            self.failing.insert(entry.key, entry, 0).map_err(failed(map::SHIELD_FAILING))?;
+        for Failing { entry, .. } in failing {
+            let set = self.failing.insert(entry.key, entry, 0).map_err(failed(map::SHIELD_FAILING));
+            errors.extend(set.err());
         }
-        Ok(())
+        let lost = Some(errors.len());
+        errors.into_iter().next().map_or(Ok(()), |first| Err((lost, first)))
     }
 }
 
@@ -285,11 +302,10 @@ fn config_of(policy: &Policy) -> ShieldConfig {
 
 /// The source that a key stands for.
 fn source_network(key: &ShieldKey) -> IpNet {
-    if key.family == u64::from(FAMILY_V4) {
-        let [a, b, c, d, ..] = key.prefix;
-        return IpAddr::from([a, b, c, d]).into();
+    let (address, bits) = source::network(key);
+    let address = Ipv6Addr::from_bits(address);
+    match address.to_ipv4_mapped() {
+        Some(v4) => IpAddr::V4(v4).into(),
+        None => Ipv6Net::new_assert(address, bits).into(),
     }
-    let mut address = [0; 16];
-    address[..8].copy_from_slice(&key.prefix);
-    Ipv6Net::new_assert(Ipv6Addr::from(address), 64).into()
 }

@@ -7,8 +7,10 @@ use std::io::Error;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
+use enforcer_common::abi::map;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::{InterfaceFlags, if_nametoindex};
+use nix::sys::socket::SockaddrStorage;
 use tracing::{info, warn};
 
 use super::load::pin_of;
@@ -42,6 +44,15 @@ pub enum ShieldError {
         "shield: `{name}` is a loopback interface, which the shield leaves alone; take it out of `shield.interfaces`"
     )]
     Loopback {
+        /// Its name.
+        name: String,
+    },
+    /// Its packets have no Ethernet header.
+    #[error(
+        "shield: `{name}` is not an Ethernet interface (a tunnel, say), and the shield reads Ethernet frames alone; take it out of \
+         `shield.interfaces`, and name the interface that its packets come through before, or none"
+    )]
+    NotEthernet {
         /// Its name.
         name: String,
     },
@@ -79,7 +90,7 @@ pub(super) fn link_pins(pins: &PinDir) -> Vec<(u32, PathBuf)> {
 }
 
 /// Whether the program is on the interface still: the kernel takes it off when the interface goes.
-fn is_attached(index: u32, pin: &std::path::Path) -> bool {
+pub(super) fn is_attached(index: u32, pin: &std::path::Path) -> bool {
     sys::open(pin).and_then(|link| sys::link_interface(link.as_fd())).is_ok_and(|found| found == index)
 }
 
@@ -110,6 +121,15 @@ pub fn check_interfaces(shield: &Shield) -> Result<(), ShieldError> {
         let is_loopback = |flags: InterfaceFlags| flags.contains(InterfaceFlags::IFF_LOOPBACK);
         if all.iter().any(|interface| interface.interface_name == *name && is_loopback(interface.flags)) {
             return Err(ShieldError::Loopback { name: name.clone() });
+        }
+        // An interface without hardware addresses is listed without one.
+        let is_ethernet = |address: &SockaddrStorage| {
+            address.as_link_addr().is_some_and(|link| link.hatype() == libc::ARPHRD_ETHER)
+        };
+        if !all.iter().any(|interface| {
+            interface.interface_name == *name && interface.address.as_ref().is_some_and(is_ethernet)
+        }) {
+            return Err(ShieldError::NotEthernet { name: name.clone() });
         }
     }
     Ok(())
@@ -152,9 +172,21 @@ pub fn attach(pins: &PinDir, shield: Option<&Shield>, maps: &mut ShieldMaps) -> 
             continue;
         }
         let pin = pins.pin(&format!("{LINK_PREFIX}{index}"));
-        // In the other mode, or nobody knows in which: the kernel does not change a link's mode.
+        let before = maps.interface(index).filter(|_| attached.contains(&index));
+        // In the other mode, or nobody knows in which: the kernel does not change a link's mode, nor takes a second link.
         let _ = std::fs::remove_file(&pin);
-        let native = attach_one(pins, name, index, shield.attach, &pin, maps)?;
+        let native = match attach_one(pins, name, index, shield.attach, &pin, maps) {
+            Ok(native) => native,
+            Err(error) => {
+                if let Some(Interface { native, .. }) = before {
+                    let mode = if native { ShieldAttach::Native } else { ShieldAttach::Generic };
+                    if let Err(error) = attach_one(pins, name, index, mode, &pin, maps) {
+                        warn!(%error, interface = name, "the interface has no shield any more");
+                    }
+                }
+                return Err(error);
+            }
+        };
         info!(interface = name, mode = if native { "native" } else { "generic" }, "shield attached");
     }
     Ok(())
@@ -194,9 +226,21 @@ fn attach_one(
 /// Takes over what an enforcement that goes away has on interfaces: its links get our program and lie among our pins from then on, so
 /// there is no moment without a shield. What can't be taken over is attached anew later. Operators' prefixes and quarantines come along.
 pub fn inherit(from: &PinDir, to: &PinDir, maps: &mut ShieldMaps) {
-    let Ok(old) = ShieldMaps::open(from) else { return };
-    if let Err(error) = maps.copy_operators(&old) {
-        warn!(%error, "not everything that operators told the shield could be taken over; see `enforcer shield list`");
+    let old = match ShieldMaps::open(from) {
+        Ok(old) => old,
+        // No enforcement, or one from before there was a shield.
+        Err(_) if !from.pin(map::SHIELD_CONFIG).exists() => return,
+        Err(error) => {
+            warn!(
+                %error,
+                interfaces = link_pins(from).len(),
+                "what operators told the shield, and quarantines, are lost: its earlier maps can't be read; the shield is attached anew"
+            );
+            return;
+        }
+    };
+    if let Err((lost, error)) = maps.copy_operators(&old) {
+        warn!(%error, lost, "not all operators' prefixes and quarantines could be taken over by the shield; see `enforcer shield list`");
     }
     let program = match sys::open(&to.pin(&pin_of(SHIELD))) {
         Ok(program) => program,
