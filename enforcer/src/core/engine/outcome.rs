@@ -285,10 +285,17 @@ impl Engine {
             return Err(EngineError::Unanswered);
         }
         flow.answers += 1;
+        let last;
+        let answer = if flow.answers < ANSWERS_MAX {
+            answer
+        } else {
+            last = answer.closing();
+            &last
+        };
         let ctl = Ctl::new(State::Punted, flow.epoch, flow.received_bytes);
         datapath.to_client(cookie, ctl, answer).map_err(|_| EngineError::InjectFailed)?;
         match framing {
-            Some(framing) if !answer.close && flow.answers < ANSWERS_MAX => {
+            Some(framing) if !answer.close => {
                 flow.stage = Stage::discard(framing);
             }
             _ => {

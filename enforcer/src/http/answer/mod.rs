@@ -45,6 +45,22 @@ impl Answer {
     }
 }
 
+impl Answer {
+    /// The same, and the connection closes after it.
+    #[must_use]
+    pub fn closing(&self) -> Self {
+        const FIELD: &[u8] = b"Connection: close\r\n";
+        let line = self.bytes.iter().position(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let closes = self.close || line == 0;
+        let bytes = if closes {
+            self.bytes.clone()
+        } else {
+            [&self.bytes[..line], FIELD, &self.bytes[line..]].concat().into()
+        };
+        Self { bytes, close: true, ..self.clone() }
+    }
+}
+
 /// An answer in the making: [`Draft::finish`] writes it.
 #[derive(Debug, Clone)]
 #[must_use]

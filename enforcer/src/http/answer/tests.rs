@@ -281,3 +281,17 @@ fn root_metadata_is_served_only_where_it_is_clear() {
     assert_eq!(at(&format!("{prefix}/tools/mcp"), &[&other, &behind_gateway]), Some(1));
     assert_eq!(at(&format!("{prefix}/mcp"), &[&other, &behind_gateway]), Some(1));
 }
+
+#[test]
+fn an_answer_that_closes_says_so_and_is_the_same_otherwise() {
+    let answer = Draft::error(401, "x").header("WWW-Authenticate", "Bearer").finish("POST");
+    let closing = answer.closing();
+    let (text, was) = (
+        String::from_utf8_lossy(&closing.bytes).into_owned(),
+        String::from_utf8_lossy(&answer.bytes).into_owned(),
+    );
+    assert_eq!(text, was.replacen("\r\n", "\r\nConnection: close\r\n", 1));
+    assert_eq!((closing.status, closing.reason, closing.close), (401, "x", true));
+    let closing = Draft::error(401, "x").closing().finish("POST");
+    assert_eq!(closing.closing(), closing);
+}
