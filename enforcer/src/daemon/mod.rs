@@ -139,6 +139,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<()> {
         info!(%report, "datapath self-test passed");
     }
     // Every thread has those of the one that starts it.
+    privileges::raise_priority();
     privileges::drop_capabilities()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let filled_by = match (start, former) {

@@ -36,6 +36,19 @@ pub enum PrivilegeError {
     Install(#[from] seccompiler::Error),
 }
 
+/// The scheduling priority of the daemon (`nice`).
+const NICE: i32 = -10;
+
+/// Lets this thread, and those that it starts, have a CPU before those who flood the servers: what the kernel refuses at once keeps them
+/// busy, and the daemon waiting. Without the right to it (`CAP_SYS_NICE`) the priority stays as it is.
+pub fn raise_priority() {
+    // SAFETY: numbers only.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::info!(%error, "the daemon's scheduling priority stays as it is; a flood can keep it from a CPU");
+    }
+}
+
 /// Keeps only [`KEPT`], of what there is, and rules out that a program gains more. Capabilities belong to threads, so call it
 /// before any is started.
 ///
