@@ -6,7 +6,7 @@
 
 use aya_ebpf::maps::lpm_trie::Key;
 use enforcer_common::abi::{
-    Counter, FAMILY_V4, Flow, SHIELD_EXEMPT, SHIELD_NONE, ShieldFailing, ShieldPrefix,
+    Counter, FAMILY_V4, Flow, SHIELD_EXEMPT, SHIELD_NONE, ShieldFailing, ShieldPrefix, is_loopback,
 };
 use enforcer_common::shield::{quarantine, source};
 
@@ -42,8 +42,7 @@ extern "C" fn note_refusals(flow: *mut Flow, now_ns: u64) -> u64 {
         return 0;
     }
     let peer = &flow.peer;
-    let is_loopback = if peer.family == FAMILY_V4 { peer.addr[0] == 127 } else { peer.addr == LOOPBACK_V6 };
-    if is_loopback || peer.addr == flow.local.addr || flow.caller.is_known() {
+    if is_loopback(peer) || peer.addr == flow.local.addr || flow.caller.is_known() {
         return 0;
     }
     let key = source::key(peer.family, &peer.addr);
@@ -68,8 +67,6 @@ extern "C" fn note_refusals(flow: *mut Flow, now_ns: u64) -> u64 {
     }
     0
 }
-
-const LOOPBACK_V6: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
 /// Whether packets of a source are dropped because too many of its requests were refused.
 #[inline(never)]

@@ -25,16 +25,18 @@ unsafe fn call<A>(command: libc::c_long, attributes: &mut A) -> Result<libc::c_l
     if result < 0 { Err(Error::last_os_error()) } else { Ok(result) }
 }
 
+/// Of `BPF_OBJ_GET` and `BPF_OBJ_PIN`.
+#[repr(C)]
+struct PinAttributes {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
 /// Opens what is pinned at `pin`, whatever it is.
 pub(super) fn open(pin: &Path) -> Result<OwnedFd> {
-    #[repr(C)]
-    struct Attributes {
-        path: u64,
-        fd: u32,
-        flags: u32,
-    }
     let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut attributes = Attributes { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    let mut attributes = PinAttributes { path: path.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: the path lives until the end of the call.
     let fd = unsafe { call(BPF_OBJ_GET, &mut attributes) }?;
     // SAFETY: a new descriptor, owned by nobody else.
@@ -43,14 +45,9 @@ pub(super) fn open(pin: &Path) -> Result<OwnedFd> {
 
 /// Pins an object.
 pub(super) fn pin(object: BorrowedFd<'_>, pin: &Path) -> Result<()> {
-    #[repr(C)]
-    struct Attributes {
-        path: u64,
-        fd: u32,
-        flags: u32,
-    }
     let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut attributes = Attributes { path: path.as_ptr() as u64, fd: object.as_raw_fd() as u32, flags: 0 };
+    let mut attributes =
+        PinAttributes { path: path.as_ptr() as u64, fd: object.as_raw_fd() as u32, flags: 0 };
     // SAFETY: the path lives until the end of the call.
     unsafe { call(BPF_OBJ_PIN, &mut attributes) }.map(drop)
 }
