@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use enforcer_tests::enforcement::{Enforcement, IssuerSpec, PolicySpec, ServerSpec};
+use enforcer_tests::issuer::Issuer;
 use enforcer_tests::raw::Connection;
 use serde_json::Value;
 use torture::{Random, Scene, Sockets, post, wait_for_no_flows};
@@ -23,6 +24,9 @@ const DEFAULT_SECONDS: u64 = 60;
 const CLIENTS: u64 = 8;
 /// What an allocator may keep between two looks at a process that does the same all the time.
 const SLACK_BYTES: u64 = 24 << 20;
+/// Good tokens, never seen before, that all clients present in a second: in the five minutes that a grant lives fewer than there are
+/// slots for. A full table refuses each further token, and this is about what comes and goes.
+const FRESH_PER_SEC: u64 = 150;
 
 /// Memory and tables at one moment.
 #[derive(Debug)]
@@ -50,6 +54,24 @@ impl Sample {
     }
 }
 
+/// Good tokens that were not presented yet, no faster than [`FRESH_PER_SEC`].
+struct Fresh<'a> {
+    issuer: &'a Issuer,
+    since: Instant,
+    given: AtomicU64,
+}
+
+impl Fresh<'_> {
+    /// The next one, if it is due.
+    fn next(&self) -> Result<Option<String>> {
+        let due = self.since.elapsed().as_secs() * FRESH_PER_SEC;
+        let given = self
+            .given
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |given| (given < due).then(|| given + 1));
+        given.is_ok().then(|| torture::good_token(self.issuer)).transpose()
+    }
+}
+
 #[test]
 fn memory_is_flat_and_nothing_leaks_under_churn() -> Result<()> {
     let seconds = match std::env::var(SECONDS_VARIABLE) {
@@ -61,15 +83,12 @@ fn memory_is_flat_and_nothing_leaks_under_churn() -> Result<()> {
     let (addr, peer_issuer) = (scene.addr(), scene.issuer.clone());
     let quiet = Sample::of(&scene.enforcement)?;
     let (stop, answered) = (AtomicBool::new(false), AtomicU64::new(0));
+    let fresh = Fresh { issuer: &peer_issuer, since: Instant::now(), given: AtomicU64::new(0) };
     let (early, late, kills) = thread::scope(|scope| {
         let running: Vec<_> = (0..CLIENTS)
             .map(|number| {
-                let (stop, answered, issuer) = (&stop, &answered, &peer_issuer);
-                scope.spawn(move || {
-                    let tokens = || torture::good_token(issuer);
-                    let bad = || torture::bad_token(issuer);
-                    client(addr, number, stop, answered, &tokens, &bad)
-                })
+                let (stop, answered, fresh) = (&stop, &answered, &fresh);
+                scope.spawn(move || client(addr, number, stop, answered, fresh))
             })
             .collect();
         let outcome = churn(&mut scene, Duration::from_secs(seconds));
@@ -150,22 +169,29 @@ fn client(
     number: u64,
     stop: &AtomicBool,
     answered: &AtomicU64,
-    good: &dyn Fn() -> Result<String>,
-    bad: &dyn Fn() -> Result<String>,
+    fresh: &Fresh<'_>,
 ) -> Result<()> {
+    let bad = || torture::bad_token(fresh.issuer);
     let mut random = Random::new(0x50a + number);
-    let mut known = vec![(good()?, true), (bad()?, false)];
+    let mut known = [vec![bad()?], vec![torture::good_token(fresh.issuer)?]];
     while !stop.load(Ordering::Acquire) {
         let Ok(mut connection) = Connection::open(addr, Duration::from_secs(5)) else {
             thread::sleep(Duration::from_millis(20));
             continue;
         };
         for _ in 0..1 + random.below(12) {
-            let (token, allowed) = match random.below(4) {
-                0 => (good()?, true),
-                1 => (bad()?, false),
-                _ => random.pick(&known).clone(),
+            let allowed = random.below(2) == 0;
+            let of_kind = &mut known[usize::from(allowed)];
+            let unseen = match (random.below(2) == 0, allowed) {
+                (false, _) => None,
+                (true, true) => fresh.next()?,
+                (true, false) => Some(bad()?),
             };
+            if let Some(token) = unseen {
+                of_kind.truncate(8);
+                of_kind.insert(0, token);
+            }
+            let token = random.pick(of_kind).clone();
             let request = post(&token).body(&random.bytes(random.clone().below(8_000))).build();
             let keep = if random.below(10) == 0 { random.below(request.len()) } else { request.len() };
             let part = request.get(..keep).unwrap_or_default();
@@ -177,8 +203,6 @@ fn client(
             let expected: &[u16] = if allowed { &[200, 503] } else { &[401, 503] };
             ensure!(expected.contains(&response.status), "{} for allowed: {allowed}", response.status);
             answered.fetch_add(1, Ordering::Relaxed);
-            known.truncate(8);
-            known.insert(0, (token, allowed));
         }
         if random.below(3) == 0 {
             drop(connection.reset());
