@@ -2,9 +2,11 @@
 //! stricter moves [`crate::policy::RULES`].
 
 mod decide;
+mod decision;
 #[cfg(test)]
 mod tests;
 mod verifier;
 
-pub use decide::{CacheFor, Decision, KeyLookup, Misplaced, Options, decide, over_limit};
+pub use decide::{decide, over_limit};
+pub use decision::{CacheFor, Decision, KeyLookup, Misplaced, Options};
 pub use verifier::{TokenFault, TokenVerifier};

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use aya::Pod;
+use aya::maps::{Array, MapData};
 use enforcer_common::abi::{
     Bucket, BucketLabel, Endpoint, EndpointKey, Flow, Grant, GrantLabel, HeadDigest, MAX_FLOWS, MAX_SOURCES,
     MAX_VERDICTS, ServerLabel, Source, SourceKey, Verdict, map, text_str,
@@ -49,16 +51,46 @@ pub(super) fn verdicts(live: &Live) -> Result<BTreeMap<HeadDigest, Verdict>, Liv
         .map_err(failed_map(map::VERDICTS))
 }
 
-/// The grants in use, by slot.
-pub(super) fn grants(live: &Live) -> Result<BTreeMap<u32, Grant>, LiveError> {
-    let mut grants = BTreeMap::new();
-    for slot in 0..live.grants.len() {
-        let grant = live.grants.get(&slot, 0).map_err(failed_map(map::GRANTS))?;
-        if grant.serial != 0 {
-            grants.insert(slot, grant);
+/// Those of these places of an array that are in use: whose serial is not zero.
+fn in_use<T: Pod>(
+    array: &Array<MapData, T>,
+    name: &'static str,
+    places: impl IntoIterator<Item = u32>,
+    serial: impl Fn(&T) -> u64,
+) -> Result<BTreeMap<u32, T>, LiveError> {
+    let mut used = BTreeMap::new();
+    for place in places {
+        if place >= array.len() || used.contains_key(&place) {
+            continue;
+        }
+        let value = array.get(&place, 0).map_err(failed_map(name))?;
+        if serial(&value) != 0 {
+            used.insert(place, value);
         }
     }
-    Ok(grants)
+    Ok(used)
+}
+
+/// The labels of what is in use, by place and serial; one with another serial was written for an earlier use and is left out.
+fn labels<L: Pod>(
+    array: &Array<MapData, L>,
+    name: &'static str,
+    used: impl Iterator<Item = (u32, u64)>,
+    serial: impl Fn(&L) -> u64,
+) -> Result<BTreeMap<u32, L>, LiveError> {
+    let mut labels = BTreeMap::new();
+    for (place, used_serial) in used {
+        let label = array.get(&place, 0).map_err(failed_map(name))?;
+        if serial(&label) == used_serial {
+            labels.insert(place, label);
+        }
+    }
+    Ok(labels)
+}
+
+/// The grants in use, by slot.
+pub(super) fn grants(live: &Live) -> Result<BTreeMap<u32, Grant>, LiveError> {
+    grants_in(live, 0..live.grants.len())
 }
 
 /// The grants in some slots, as far as those are in use.
@@ -66,58 +98,30 @@ pub(super) fn grants_in(
     live: &Live,
     slots: impl IntoIterator<Item = u32>,
 ) -> Result<BTreeMap<u32, Grant>, LiveError> {
-    let mut grants = BTreeMap::new();
-    for slot in slots {
-        if slot < live.grants.len() && !grants.contains_key(&slot) {
-            let grant = live.grants.get(&slot, 0).map_err(failed_map(map::GRANTS))?;
-            if grant.serial != 0 {
-                grants.insert(slot, grant);
-            }
-        }
-    }
-    Ok(grants)
+    in_use(&live.grants, map::GRANTS, slots, |grant| grant.serial)
 }
 
-/// The labels of grants; one that was written for another grant is left out.
+/// The labels of grants.
 pub(super) fn grant_labels(
     live: &Live,
     grants: &BTreeMap<u32, Grant>,
 ) -> Result<BTreeMap<u32, GrantLabel>, LiveError> {
-    let mut labels = BTreeMap::new();
-    for (slot, grant) in grants {
-        let label = live.grant_labels.get(slot, 0).map_err(failed_map(map::GRANT_LABELS))?;
-        if label.serial == grant.serial {
-            labels.insert(*slot, label);
-        }
-    }
-    Ok(labels)
+    let used = grants.iter().map(|(slot, grant)| (*slot, grant.serial));
+    labels(&live.grant_labels, map::GRANT_LABELS, used, |label| label.serial)
 }
 
 /// The buckets of limits in use, by index. The first is no limit's.
 pub(super) fn buckets(live: &Live) -> Result<BTreeMap<u32, Bucket>, LiveError> {
-    let mut buckets = BTreeMap::new();
-    for index in 1..live.limits.len() {
-        let bucket = live.limits.get(&index, 0).map_err(failed_map(map::LIMITS))?;
-        if bucket.serial != 0 {
-            buckets.insert(index, bucket);
-        }
-    }
-    Ok(buckets)
+    in_use(&live.limits, map::LIMITS, 1..live.limits.len(), |bucket| bucket.serial)
 }
 
-/// The labels of buckets; one that was written for an earlier use is left out.
+/// The labels of buckets.
 pub(super) fn bucket_labels(
     live: &Live,
     buckets: &BTreeMap<u32, Bucket>,
 ) -> Result<BTreeMap<u32, BucketLabel>, LiveError> {
-    let mut labels = BTreeMap::new();
-    for (index, bucket) in buckets {
-        let label = live.limit_labels.get(index, 0).map_err(failed_map(map::LIMIT_LABELS))?;
-        if label.serial == bucket.serial {
-            labels.insert(*index, label);
-        }
-    }
-    Ok(labels)
+    let used = buckets.iter().map(|(index, bucket)| (*index, bucket.serial));
+    labels(&live.limit_labels, map::LIMIT_LABELS, used, |label| label.serial)
 }
 
 /// Where requests without a grant come from. As for flows, the walk is bounded.

@@ -6,8 +6,11 @@
 //! the lock; so does a starting daemon until its maps are in their place, so that no revocation falls between the file that
 //! it has read and the maps that nobody sees yet.
 
+mod document;
 mod policy;
 
+use document::Document;
+pub use document::parse_hex;
 pub use policy::RecordedPolicy;
 
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -16,17 +19,11 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use enforcer_common::abi::{
-    NameHash, REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, REVOKE_WORKLOAD,
-    Revocation, Text, text, text_str,
-};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use ring::rand::{SecureRandom, SystemRandom};
-use serde::{Deserialize, Serialize};
 
 use super::Revocations;
-use crate::policy::MAX_LEEWAY_SECS;
 
 /// Where the directories of the enforcements lie, unless told otherwise.
 pub const STATE_DIR: &str = "/var/lib/enforcer";
@@ -138,23 +135,9 @@ impl StateDir {
     pub fn read(&self) -> Result<Option<Recorded>, StateError> {
         let path = self.0.join(FILE);
         let Some(bytes) = read(&path)? else { return Ok(None) };
-        let damaged = |reason: String| StateError::Damaged { path: path.clone(), reason };
-        let document: Document =
-            serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-        if !(FIRST_VERSION..=VERSION).contains(&document.version) {
-            return Err(damaged(format!("version {}, where {VERSION} is known", document.version)));
-        }
-        let revocations = document.revocations.iter().map(|row| {
-            let mut revocation = row.revocation()?;
-            if document.version == FIRST_VERSION && row.exact_end {
-                let end = &mut revocation.expires_at_unix_secs;
-                *end = end.saturating_add(MAX_LEEWAY_SECS);
-            }
-            Some((row.id, revocation))
-        });
-        let revocations =
-            revocations.collect::<Option<_>>().ok_or_else(|| damaged("a hash is not hexadecimal".into()))?;
-        Ok(Some(Recorded { next_id: document.next_id, token_life_secs: document.token_life_s, revocations }))
+        let document = serde_json::from_slice::<Document>(&bytes).map_err(|error| error.to_string());
+        let recorded = document.and_then(|document| document.recorded());
+        recorded.map(Some).map_err(|reason| StateError::Damaged { path, reason })
     }
 
     /// Records revocations in place of those before. Hold the lock.
@@ -163,13 +146,8 @@ impl StateDir {
     /// See [`StateError`]; what was recorded before stands.
     pub fn write(&self, _lock: &StateLock, recorded: &Recorded) -> Result<(), StateError> {
         let path = self.0.join(FILE);
-        let document = Document {
-            version: VERSION,
-            next_id: recorded.next_id,
-            token_life_s: recorded.token_life_secs,
-            revocations: recorded.revocations.iter().map(|(id, entry)| Row::of(*id, entry)).collect(),
-        };
-        let bytes = serde_json::to_vec(&document).map_err(|error| unusable(&path)(error.into()))?;
+        let bytes =
+            serde_json::to_vec(&Document::of(recorded)).map_err(|error| unusable(&path)(error.into()))?;
         replace(&path, &bytes)
     }
 
@@ -245,135 +223,16 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
     written.map_err(unusable(path))
 }
 
-const VERSION: u32 = 2;
-/// Where a token's own end had the leeway of the policy at the time, and not the largest that any policy can have.
-const FIRST_VERSION: u32 = 1;
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Document {
-    version: u32,
-    next_id: u64,
-    token_life_s: u64,
-    revocations: Vec<Row>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Row {
-    id: u64,
-    revoked_at_unix_s: u64,
-    issued_until_unix_s: u64,
-    expires_at_unix_s: u64,
-    exact_end: bool,
-    /// What a token must match; a row without any means every token.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    token_fingerprint: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    issuer: Option<Name>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    subject: Option<Name>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    client_id: Option<Name>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    server: Option<Name>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    workload: Option<Name>,
-}
-
-/// A name that a token must have: its hash decides, its beginning is for people.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Name {
-    sha256_128: String,
-    begins: String,
-}
-
-impl Row {
-    fn of(id: u64, entry: &Revocation) -> Self {
-        let asks = |selector| entry.selectors & selector != 0;
-        let name = |selector, hash: &NameHash, begins: &[u8]| {
-            asks(selector).then(|| Name { sha256_128: hex(hash), begins: text_str(begins).to_owned() })
-        };
-        Self {
-            id,
-            revoked_at_unix_s: entry.revoked_at_unix_secs,
-            issued_until_unix_s: entry.issued_until_unix_secs,
-            expires_at_unix_s: entry.expires_at_unix_secs,
-            exact_end: entry.exact_end != 0,
-            token_fingerprint: asks(REVOKE_TOKEN).then(|| hex(&entry.fingerprint)),
-            issuer: name(REVOKE_ISSUER, &entry.issuer_hash, &entry.issuer),
-            subject: name(REVOKE_SUBJECT, &entry.subject_hash, &entry.subject),
-            client_id: name(REVOKE_CLIENT, &entry.client_hash, &entry.client_id),
-            server: name(REVOKE_SERVER, &entry.server_hash, &entry.server),
-            workload: name(REVOKE_WORKLOAD, &entry.workload_hash, &entry.workload),
-        }
-    }
-
-    fn revocation(&self) -> Option<Revocation> {
-        let mut selectors = 0;
-        let mut hash = |selector, name: &Option<Name>| match name {
-            Some(name) => {
-                selectors |= selector;
-                parse_hex(&name.sha256_128)
-            }
-            None => Some(NameHash::default()),
-        };
-        let issuer_hash = hash(REVOKE_ISSUER, &self.issuer)?;
-        let subject_hash = hash(REVOKE_SUBJECT, &self.subject)?;
-        let client_hash = hash(REVOKE_CLIENT, &self.client_id)?;
-        let server_hash = hash(REVOKE_SERVER, &self.server)?;
-        let workload_hash = hash(REVOKE_WORKLOAD, &self.workload)?;
-        let fingerprint = match &self.token_fingerprint {
-            Some(shown) => {
-                selectors |= REVOKE_TOKEN;
-                parse_hex(shown)?
-            }
-            None => [0; 16],
-        };
-        Some(Revocation {
-            revoked_at_unix_secs: self.revoked_at_unix_s,
-            issued_until_unix_secs: self.issued_until_unix_s,
-            expires_at_unix_secs: self.expires_at_unix_s,
-            fingerprint,
-            issuer_hash,
-            subject_hash,
-            client_hash,
-            server_hash,
-            workload_hash,
-            selectors,
-            exact_end: u32::from(self.exact_end),
-            issuer: begins(&self.issuer),
-            subject: begins(&self.subject),
-            client_id: begins(&self.client_id),
-            server: begins(&self.server),
-            workload: begins(&self.workload),
-        })
-    }
-}
-
-fn begins<const N: usize>(name: &Option<Name>) -> Text<N> {
-    text(name.as_ref().map(|name| name.begins.as_str()).unwrap_or_default())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// 32 hexadecimal digits: a hash, or a fingerprint as it is shown.
-#[must_use]
-pub fn parse_hex(shown: &str) -> Option<[u8; 16]> {
-    if shown.len() != 32 || !shown.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return None;
-    }
-    u128::from_str_radix(shown, 16).ok().map(u128::to_be_bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use enforcer_common::abi::{
+        REVOKE_CLIENT, REVOKE_ISSUER, REVOKE_SERVER, REVOKE_SUBJECT, REVOKE_TOKEN, Revocation,
+    };
+
     use super::*;
+    use crate::policy::MAX_LEEWAY_SECS;
     use crate::revocation::tests::revocation;
 
     #[test]
@@ -439,14 +298,5 @@ mod tests {
         assert!(matches!(state.read(), Err(StateError::Damaged { .. })));
         std::fs::write(state.path().join(KEY_FILE), "short").unwrap();
         assert!(matches!(state.read_fingerprint_key(), Err(StateError::Damaged { .. })));
-    }
-
-    #[test]
-    fn fingerprints_are_read_as_they_are_shown() {
-        let fingerprint = crate::token::Fingerprint([0x0a; 16]);
-        assert_eq!(parse_hex(&fingerprint.to_string()), Some([0x0a; 16]));
-        for wrong in ["", "0a", &"g".repeat(32), &"+".repeat(32), &"a".repeat(33)] {
-            assert_eq!(parse_hex(wrong), None, "{wrong}");
-        }
     }
 }
