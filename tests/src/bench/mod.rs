@@ -46,7 +46,7 @@ pub use table::table;
 use crate::issuer::Alg;
 use crate::load::LoadReport;
 use bed::Bed;
-use pinning::Pinning;
+use pinning::{Pinning, Place};
 
 /// How long everything takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -194,6 +194,8 @@ pub fn run(plan: Plan, command: String, mut progress: impl FnMut(&str)) -> Resul
     })?;
     progress("taking down");
     bed.stop()?;
+    // What is started from here on would stay where this thread was last.
+    pinning.apply(Place::Anywhere, &[])?;
     progress("streams of revoked and of expired tokens");
     let samples = Samples { revocation: revocation::measure(plan.revoked_streams)?, ..samples };
     progress("packets at the shield");
