@@ -9,8 +9,8 @@ use aya_ebpf::maps::{
 use enforcer_common::abi::{
     Barred, Bucket, BucketLabel, Config, Connecting, DaemonState, Endpoint, EndpointKey, FirstUser, Flow,
     Grant, GrantLabel, HeadDigest, JoinKey, Joining, MAX_BARRED, MAX_BUCKETS, MAX_CALLERS, MAX_CONNECTING,
-    MAX_COUNTERS, MAX_ENDPOINTS, MAX_FIRST_USERS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_REASONS,
-    MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SHIELD_ADDRESSES, MAX_SHIELD_FAILING,
+    MAX_COUNTERS, MAX_ENDPOINTS, MAX_FIRST_USERS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_NAMED,
+    MAX_REASONS, MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SHIELD_ADDRESSES, MAX_SHIELD_FAILING,
     MAX_SHIELD_INTERFACES, MAX_SHIELD_PREFIXES, MAX_SHIELD_SOURCES, MAX_SOCKETS, MAX_SOURCES, MAX_VERDICTS,
     NameHash, PUNTS_BYTES, REVOCATION_WORDS, ReasonName, Reply, Revocation, Sealed, ServerLabel,
     ShieldConfig, ShieldFailing, ShieldInterface, ShieldKey, ShieldPrefix, ShieldSource, Source, SourceKey,
@@ -116,6 +116,9 @@ pub(crate) static LIMIT_LABELS: Array<BucketLabel> = Array::with_max_entries(MAX
 
 #[map]
 pub(crate) static SOURCES: LruHashMap<SourceKey, Source> = LruHashMap::with_max_entries(MAX_SOURCES, 0);
+
+#[map]
+pub(crate) static NAMED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(MAX_NAMED, 0);
 
 #[map]
 pub(crate) static SHIELD_CONFIG: Array<ShieldConfig> = Array::with_max_entries(1, 0);

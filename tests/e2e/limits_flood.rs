@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail, ensure};
 use enforcer_tests::caller::Place;
 use enforcer_tests::enforcement::Guarded;
-use enforcer_tests::guard::{Deadline, wait_until};
+use enforcer_tests::guard::{Cgroup, Deadline, wait_until};
 use enforcer_tests::raw::{Connection, RequestBuilder};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrStorage, bind, connect, socket,
@@ -86,6 +86,34 @@ fn a_source_has_its_own_share_of_first_seen_heads() -> Result<()> {
             ensure!(guarded.enforcement.counter("dead-limited")? > 0);
         }
     }
+    Ok(())
+}
+
+/// A unit is one source, however many cgroups it makes below its own, also those that it removes again.
+#[test]
+fn a_workload_is_one_source_whatever_cgroups_it_makes() -> Result<()> {
+    let _deadline = Deadline::new("limits: cgroups", LIMIT);
+    let guarded = Guarded::builder("limsub.service").nonblocking();
+    let guarded = guarded.policy("unknown_requests", json!({"rate": FEW, "burst": 6})).start()?;
+    let calls = |cgroup: &Cgroup, count: usize| -> Result<Vec<u16>> {
+        let mut statuses = Vec::new();
+        for number in 0..count {
+            let request = unknown(&guarded, &guarded.token()?, number);
+            let caller = Place::root(cgroup).call(guarded.addr(), &[], &request)?;
+            statuses.push(caller.status().unwrap_or_default());
+        }
+        Ok(statuses)
+    };
+    let unit = guarded.enforcement.cgroup();
+    let [first, second] = [unit.child("first")?, unit.child("other.service")?];
+    assert_eq!(calls(&first, 4)?, [200; 4]);
+    assert_eq!(calls(&second, 4)?, [200, 200, 429, 429]);
+    assert_eq!(calls(&first, 1)?, [429]);
+    assert_eq!(calls(&unit.child("fresh")?, 2)?, [429, 429]);
+    let shown = guarded.enforcement.cli_json(&["limits", "--sources"])?;
+    let sources = shown["sources"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let of_unit = sources.iter().find(|source| source["cgroup_id"].as_u64() == unit.id().ok());
+    ensure!(of_unit.is_some_and(|unit| unit["unknown_fill"] == 0 && unit["limited"] == 5), "{shown}");
     Ok(())
 }
 

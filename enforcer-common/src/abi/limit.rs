@@ -55,7 +55,7 @@ pub const MAX_BUCKETS: u32 = 32_768;
 /// [`Bucket::max_open`]: any number.
 pub const UNLIMITED: u64 = u64::MAX;
 
-/// Where requests come from that have no grant: the workload's cgroup, or, where the caller is not known, its address (IPv6: the network of
+/// Where requests come from that have no grant: the workload's cgroup (of one that [`MAX_NAMED`] names: the one around it), or, where the caller is not known, its address (IPv6: the network of
 /// 64 bits, which one host has for itself). Key of `SOURCES`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -99,6 +99,12 @@ assert_layout!(Source, 32, [unknown_tat_ns: u64, refused_tat_ns: u64, answered_t
 
 /// Size of `SOURCES`.
 pub const MAX_SOURCES: u32 = 65_536;
+/// Size of `NAMED`, an LRU hash by the id of a cgroup: the id of the one around it that has the workload's name, a unit's or a container's.
+/// Who may make cgroups below its own is one source by that. Writer: the daemon. Readers: judge and the daemon. One that is not there, or was
+/// evicted, is a source of its own until the daemon meets its next request.
+pub const MAX_NAMED: u32 = 16_384;
+/// Value in `NAMED` of all cgroups that were gone when the daemon looked: nobody knows whose they were.
+pub const NAMED_GONE: u64 = u64::MAX;
 
 /// A request is charged to the buckets of its grant.
 pub const CHARGE_GRANT: u32 = 0;

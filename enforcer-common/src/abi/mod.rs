@@ -94,6 +94,8 @@ pub mod map {
     pub const LIMIT_LABELS: &str = "LIMIT_LABELS";
     /// Buckets of requests without a grant, by where they come from.
     pub const SOURCES: &str = "SOURCES";
+    /// The cgroups around others that have their workload's name.
+    pub const NAMED: &str = "NAMED";
     /// What the policy asks of the shield.
     pub const SHIELD_CONFIG: &str = "SHIELD_CONFIG";
     /// Addresses with protected endpoints.
@@ -140,6 +142,7 @@ pub mod map {
         LIMITS,
         LIMIT_LABELS,
         SOURCES,
+        NAMED,
         SHIELD_CONFIG,
         SHIELD_ADDRESSES,
         SHIELD_SOURCES,

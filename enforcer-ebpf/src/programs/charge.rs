@@ -13,7 +13,7 @@ use enforcer_common::abi::{
 use enforcer_common::limit::{PLACE_WAIT_NS, admit, retry_step, too_many_open};
 
 use crate::kernel::{add, compare_exchange, config, count};
-use crate::maps::{GRANTS, LIMITS, SOURCES};
+use crate::maps::{GRANTS, LIMITS, NAMED, SOURCES};
 
 /// What a charge gives if it was admitted.
 pub(crate) const ADMITTED: u32 = 0;
@@ -148,7 +148,12 @@ extern "C" fn charge_source(flow: *mut Flow, what: u32, now_ns: u64) -> u32 {
         return ADMITTED;
     }
     // SAFETY: a valid map value.
-    let key = SourceKey::of(unsafe { &(*flow).origin });
+    let mut key = SourceKey::of(unsafe { &(*flow).origin });
+    // By the key's own word: some kernels take no other memory than the stack's here.
+    // SAFETY: a valid map value; one that is another cgroup's by now costs that one.
+    if let Some(named) = unsafe { NAMED.get(&key.cgroup_id) } {
+        key.cgroup_id = *named;
+    }
     let mut source = SOURCES.get_ptr_mut(&key);
     if source.is_none() {
         let fresh: &Source = &FRESH;

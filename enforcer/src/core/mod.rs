@@ -65,6 +65,8 @@ pub struct CallerFacts {
     pub address: IpAddr,
     /// That is an address of this host.
     pub is_of_this_host: bool,
+    /// The kernel did not know until now which source its workload is: what it has charged was another.
+    pub is_new_source: bool,
 }
 
 impl CallerFacts {
@@ -75,12 +77,13 @@ impl CallerFacts {
         workload: None,
         address: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         is_of_this_host: false,
+        is_new_source: false,
     };
 
     /// As policy asks for it.
     #[must_use]
     pub fn view(&self) -> CallerView<'_> {
-        let Self { uid, is_known: _, ref workload, address, is_of_this_host } = *self;
+        let Self { uid, ref workload, address, is_of_this_host, .. } = *self;
         CallerView { workload: workload.as_deref(), uid, address, is_of_this_host }
     }
 }
@@ -242,7 +245,8 @@ pub trait Datapath {
     /// It is over a limit, for so many nanoseconds.
     fn charge(&mut self, cookie: u64, buckets: &GrantBuckets, now_ns: u64) -> Result<(), u64>;
 
-    /// Charges a request to where it comes from, as one that the kernel does not know, because the kernel did not see its head begin.
+    /// Charges a request to where it comes from, as one that the kernel does not know: the kernel did not see its head begin, or took
+    /// another source for its.
     ///
     /// # Errors
     /// It is over the limit, for so many nanoseconds.

@@ -109,6 +109,7 @@ impl Kernel {
             workload: self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller)),
             address,
             is_of_this_host: is_to_itself || self.own.contains(address),
+            is_new_source: false,
         }
     }
 
@@ -354,7 +355,15 @@ impl Datapath for Kernel {
     fn caller(&mut self, cookie: u64, origin: &Origin) -> CallerFacts {
         // The record may be gone, or another flow's by now: whoever it is of, it is not this caller that it speaks for.
         let flow = self.maps.live.flows.get(&cookie, 0).ok();
-        self.facts(origin, flow.as_ref())
+        let facts = self.facts(origin, flow.as_ref());
+        let Some(source) = facts.workload.as_ref().map(|workload| workload.source_cgroup_id()) else {
+            return facts;
+        };
+        let is_new_source = self.maps.name_source(origin.cgroup_id(), source).unwrap_or_else(|error| {
+            error!(%error, "a workload's cgroups could not be made one source; this one is charged by itself");
+            false
+        });
+        CallerFacts { is_new_source, ..facts }
     }
 
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), KernelError> {

@@ -7,11 +7,10 @@ use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
     ABI_VERSION, Barred, Bucket, BucketLabel, Config, Counter, DaemonState, Endpoint, EndpointKey, FirstUser,
-    Flow, Grant, GrantLabel, HeadDigest, MAX_BARRED, MAX_FIRST_USERS, MAX_FLOWS, NameHash, Origin,
-    ReasonName, Reply, Revocation, Sealed, ServerLabel, Source, SourceKey, Verdict, map, text,
+    Flow, Grant, GrantLabel, HeadDigest, MAX_BARRED, MAX_FIRST_USERS, MAX_FLOWS, NameHash, ReasonName, Reply,
+    Revocation, Sealed, ServerLabel, Source, SourceKey, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
-use enforcer_common::limit::admit;
 
 use super::shield::ShieldMaps;
 use super::{Buckets, PinDir};
@@ -70,6 +69,8 @@ pub struct Live {
     pub limit_labels: Array<MapData, BucketLabel>,
     /// Where requests without a grant come from.
     pub sources: HashMap<MapData, SourceKey, Source>,
+    /// By the ids of cgroups those of the ones around them that have their workload's name.
+    pub(super) named: HashMap<MapData, u64, u64>,
     /// Labels of servers by number.
     pub server_labels: Array<MapData, ServerLabel>,
     /// Endpoints.
@@ -103,6 +104,7 @@ impl Live {
             limits: open(pins, map::LIMITS, Map::Array)?,
             limit_labels: open(pins, map::LIMIT_LABELS, Map::Array)?,
             sources: open(pins, map::SOURCES, Map::LruHashMap)?,
+            named: open(pins, map::NAMED, Map::LruHashMap)?,
             server_labels: open(pins, map::SERVER_LABELS, Map::Array)?,
             endpoints: open(pins, map::ENDPOINTS, Map::HashMap)?,
             revocations: open(pins, map::REVOCATIONS, Map::HashMap)?,
@@ -357,33 +359,6 @@ impl Maps {
     /// See [`LiveError`].
     pub fn set_limit_label(&mut self, index: u32, label: &BucketLabel) -> Result<(), LiveError> {
         set(&mut self.live.limit_labels, map::LIMIT_LABELS, index, *label)
-    }
-
-    /// Charges a request that the kernel does not know to where it comes from, as the kernel does. What the kernel charges there, for whatever,
-    /// at this very moment may be forgotten.
-    ///
-    /// # Errors
-    /// It is over the limit, for so many nanoseconds; what can't be read or written refuses.
-    pub fn charge_source(&mut self, origin: &Origin, now_ns: u64) -> Result<(), u64> {
-        const NEVER_NS: u64 = u64::MAX;
-        let config = self.live.configuration().map_err(|_| NEVER_NS)?;
-        let key = SourceKey::of(origin);
-        let mut source = match self.live.sources.get(&key, 0) {
-            Ok(source) => source,
-            Err(MapError::KeyNotFound) => {
-                Source { unknown_tat_ns: 0, refused_tat_ns: 0, answered_tat_ns: 0, limited: 0 }
-            }
-            Err(_) => return Err(NEVER_NS),
-        };
-        let (interval_ns, burst_ns) = (config.unknown_interval_ns, config.unknown_burst_ns);
-        let charged = admit(source.unknown_tat_ns, now_ns, interval_ns, burst_ns);
-        match charged {
-            Ok(next_ns) if next_ns == source.unknown_tat_ns => return Ok(()),
-            Ok(next_ns) => source.unknown_tat_ns = next_ns,
-            Err(_) => source.limited += 1,
-        }
-        self.live.sources.insert(key, source, 0).map_err(|_| NEVER_NS)?;
-        charged.map(|_| ())
     }
 
     /// Writes a server's label.

@@ -13,6 +13,7 @@ mod offsets;
 mod revocations;
 pub mod shield;
 mod sockdiag;
+mod sources;
 mod sys;
 
 pub use buckets::Buckets;

@@ -42,21 +42,44 @@ impl Identity {
     /// Reads a path below the root of the hierarchy: `/system.slice/agent.service`.
     #[must_use]
     pub fn of(path: &str) -> Self {
+        Self::read(path).0
+    }
+
+    /// The part of a path that has the workload's name. What is below it, the workload may have made itself.
+    #[must_use]
+    pub fn named(path: &str) -> Option<&str> {
+        Self::read(path).1
+    }
+
+    fn read(path: &str) -> (Self, Option<&str>) {
         let mut identity = Self::default();
+        let mut named = None;
         let mut parent = "";
-        for name in path.split('/').filter(|name| !name.is_empty()) {
+        let mut end = 0;
+        for name in path.split_inclusive('/') {
+            end += name.len();
+            let name = name.trim_end_matches('/');
+            if name.is_empty() {
+                continue;
+            }
+            let until_here = path.get(..end).map(|path| path.trim_end_matches('/'));
             if let Some((id, runtime)) = container(name, parent) {
                 identity.container_id = Some(id.to_owned());
                 identity.runtime = runtime;
+                named = until_here;
                 break;
             }
             match pod_uid(name, parent) {
                 // In a pod there is no other.
                 Some(_) if identity.pod_uid.is_some() => break,
-                Some(uid) => identity.pod_uid = Some(uid),
+                Some(uid) => {
+                    identity.pod_uid = Some(uid);
+                    named = until_here;
+                }
                 None if name.ends_with(".slice") => identity.slice = Some(name.to_owned()),
                 None if is_unit(name) => {
                     identity.unit = Some(name.to_owned());
+                    named = until_here;
                     break;
                 }
                 None if name == DOCKER
@@ -67,7 +90,7 @@ impl Identity {
             }
             parent = name;
         }
-        identity
+        (identity, named)
     }
 
     /// For people: the name that says most.
@@ -191,6 +214,27 @@ mod tests {
         let path =
             format!("/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{underscored}.slice/{scope}");
         expect(&path, "", "kubelet-kubepods.slice", POD, "containerd");
+    }
+
+    #[test]
+    fn the_named_part_ends_where_a_workload_begins() {
+        let pod = format!("/kubepods/burstable/pod{POD}");
+        let container = format!("{pod}/{ID}");
+        for (path, named) in [
+            ("/", None),
+            ("/system.slice", None),
+            ("/made/by/hand", None),
+            ("/system.slice/agent.service", Some("/system.slice/agent.service")),
+            ("/system.slice/agent.service/a/b.service", Some("/system.slice/agent.service")),
+            (
+                "/user.slice/user-1.slice/user@1.service/app.slice/x.scope",
+                Some("/user.slice/user-1.slice/user@1.service"),
+            ),
+            (&format!("{pod}/x"), Some(pod.as_str())),
+            (&format!("{container}/x/y"), Some(container.as_str())),
+        ] {
+            assert_eq!(Identity::named(path), named, "{path}");
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub use unmatched::unmatched_here;
 
 use std::collections::BTreeMap;
 
-use enforcer_common::abi::{Caller, text_str};
+use enforcer_common::abi::{Caller, NAMED_GONE, text_str};
 use serde::Serialize;
 
 /// Of longer paths the rest is left out.
@@ -35,6 +35,8 @@ pub struct Workload {
     pub cgroup_id: u64,
     /// Its path below the root of the hierarchy. Absent: it is gone, or can't be seen from here.
     pub cgroup_path: Option<String>,
+    /// Id of the cgroup that has the workload's name: this one, or the one around it whose part it is.
+    pub named_cgroup_id: Option<u64>,
     /// What the path says.
     #[serde(flatten)]
     pub identity: Identity,
@@ -49,7 +51,15 @@ impl Workload {
         let shown =
             |path: String| path.replace(char::is_control, "\u{fffd}").chars().take(MAX_SHOWN_CHARS).collect();
         let cgroup_path = cgroup_path.map(shown);
-        Self { cgroup_id, cgroup_path, identity, labels: BTreeMap::new() }
+        Self { cgroup_id, cgroup_path, named_cgroup_id: None, identity, labels: BTreeMap::new() }
+    }
+
+    /// The cgroup that its requests are charged to while nobody has granted them anything.
+    pub(crate) fn source_cgroup_id(&self) -> u64 {
+        match self.cgroup_path {
+            Some(_) => self.named_cgroup_id.unwrap_or(self.cgroup_id),
+            None => NAMED_GONE,
+        }
     }
 
     /// The path, if it is shown as it is, and whole. Others could look the same otherwise.

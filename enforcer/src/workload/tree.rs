@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use enforcer_common::abi::Caller;
 
-use super::Workload;
 use super::labels::{self, Labels};
+use super::{Identity, Workload};
 
 /// How many cgroups are looked at in one walk, at most.
 const MAX_CGROUPS: usize = 8_192;
@@ -98,7 +98,9 @@ impl Workloads {
     }
 
     fn read(&mut self, cgroup_id: u64, path: Option<String>) -> Workload {
-        let workload = Workload::of(cgroup_id, path);
+        let named = path.as_deref().and_then(Identity::named);
+        let named_cgroup_id = named.and_then(|path| self.id_of(path).ok());
+        let workload = Workload { named_cgroup_id, ..Workload::of(cgroup_id, path) };
         let Some(container) = &workload.identity.container_id else { return workload };
         if self.labels.len() >= MAX_KNOWN {
             self.labels.clear();
@@ -189,6 +191,8 @@ fn path_of(pid: u32) -> std::io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use enforcer_common::abi::NAMED_GONE;
+
     use super::*;
 
     fn caller(cgroup_id: u64, pid: u32) -> Caller {
@@ -205,6 +209,7 @@ mod tests {
         let mut of =
             |path: &Path| workloads.of_caller(&caller(fs::metadata(path).unwrap().ino(), 0)).unwrap();
         let [agent, slice, made] = [of(&paths[0]), of(&paths[1]), of(&paths[2])];
+        assert!([&agent, &slice, &made].iter().all(|own| own.source_cgroup_id() == own.cgroup_id));
         assert_eq!((agent.name().as_str(), agent.source()), ("agent.service", "unit"));
         assert_eq!((slice.name().as_str(), slice.source()), ("/system.slice", "path"));
         assert_eq!((made.name().as_str(), made.source()), ("/made/by/hand", "path"));
@@ -222,6 +227,7 @@ mod tests {
         for id in [u64::MAX, u64::MAX, u64::MAX - 1] {
             let gone = workloads.of_caller(&caller(id, std::process::id())).unwrap();
             assert_eq!((gone.name(), gone.source()), (format!("cgroup {id}"), "gone"));
+            assert_eq!(gone.source_cgroup_id(), NAMED_GONE);
         }
         // The first was looked for, the second came too soon after that to be sure.
         assert_eq!(workloads.known.len(), 1);
@@ -259,6 +265,8 @@ mod tests {
         fs::remove_dir_all(host.path().join("var")).unwrap();
         assert_eq!(workloads.of_caller(&caller(id, 0)), Some(Arc::clone(&found)));
         let outer = fs::metadata(inner.parent().unwrap()).unwrap().ino();
+        // Charged as the container.
+        assert_eq!((found.named_cgroup_id, found.source_cgroup_id()), (Some(outer), outer));
         assert_eq!(workloads.of_caller(&caller(outer, 0)).unwrap().labels, found.labels);
         let all = workloads.all().unwrap();
         let paths: Vec<_> = all.iter().filter_map(|workload| workload.cgroup_path.clone()).collect();

@@ -100,12 +100,8 @@ impl Caller {
             ..Identity::default()
         };
         let path = rule.cgroups.first().map_or_else(|| "/".to_owned(), CgroupGlob::example);
-        let workload = Workload {
-            cgroup_id: 0,
-            cgroup_path: Some(path),
-            identity,
-            labels: rule.labels.iter().cloned().collect(),
-        };
+        let labels = rule.labels.iter().cloned().collect();
+        let workload = Workload { identity, labels, ..Workload::of(0, Some(path)) };
         let own = rule.networks.first().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), Network::first);
         Self {
             workload: rule.needs_known_caller().then_some(workload),

@@ -1,6 +1,5 @@
 //! Map values for tests.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use enforcer_common::abi::{
@@ -9,7 +8,7 @@ use enforcer_common::abi::{
 };
 use enforcer_common::flow::{Ctl, State};
 
-use crate::workload::{Identity, Workload};
+use crate::workload::Workload;
 
 pub(super) const NOW_NS: u64 = 100_000_000_000;
 
@@ -113,6 +112,5 @@ pub(super) fn server(name: &str, listen: &str) -> ServerLabel {
 }
 
 pub(super) fn workload(cgroup_id: u64, path: &str) -> Arc<Workload> {
-    let identity = Identity::of(path);
-    Arc::new(Workload { cgroup_id, cgroup_path: Some(path.to_owned()), identity, labels: BTreeMap::new() })
+    Arc::new(Workload::of(cgroup_id, Some(path.to_owned())))
 }

@@ -145,12 +145,12 @@ impl Engine {
         let (bytes, end) = parked;
         let (head_bytes, rest) = bytes.split_at(end);
         let (endpoint_id, origin) = (flow.endpoint_id, flow.origin);
-        let limited = flow.over_limit(now, datapath);
+        let caller = datapath.caller(cookie, &origin);
+        let limited = flow.over_limit(caller.is_new_source, now, datapath);
         let endpoint = self.endpoints.0.get(&endpoint_id).ok_or(EngineError::EndpointRemoved)?;
         let served = endpoint.servers.clone();
         let servers: Vec<&Server> = served.iter().map(|(_, server)| server.as_ref()).collect();
         let server_id = |index: usize| served.get(index).map(|(id, _)| *id);
-        let caller = datapath.caller(cookie, &origin);
         let verifier = KeyedVerifier {
             keys,
             revocations: self.revoked.list(),

@@ -165,10 +165,16 @@ impl Punted {
     }
 
     /// Whether the request whose head is there is over a limit: by which step of `RETRY_AFTER_SECS`. One that came while the flow was ours
-    /// the kernel has not charged.
-    pub(super) fn over_limit<D: Datapath>(&mut self, now: Now, datapath: &mut D) -> Option<u32> {
+    /// the kernel has not charged, or has charged to another source than the workload's.
+    pub(super) fn over_limit<D: Datapath>(
+        &mut self,
+        is_new_source: bool,
+        now: Now,
+        datapath: &mut D,
+    ) -> Option<u32> {
         let limited = self.limited.take();
-        if std::mem::replace(&mut self.charged, true) {
+        let charged = std::mem::replace(&mut self.charged, true);
+        if limited.is_some() || (charged && !is_new_source) {
             return limited;
         }
         let wait_ns = datapath.charge_source(&self.origin, now.boot_ns).err()?;
