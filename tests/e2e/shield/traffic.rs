@@ -1,6 +1,6 @@
 //! What is no plain TCP.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -102,6 +102,36 @@ fn tagged_frames_are_looked_at() -> Result<()> {
     }
     wait_until("the frames", TIMEOUT, || (scene.counter("shield-unreadable").ok()? == 3).then_some(()))?;
     assert_eq!(scene.counter("shield-datagram")?, 3);
+    scene.is_served(2)
+}
+
+/// Interfaces of a VLAN on both ends: whether the tag stands in the frame or beside it is the kernel's affair.
+#[test]
+fn a_vlan_on_the_interface_is_no_way_around() -> Result<()> {
+    const NAME: &str = "a_vlan_on_the_interface_is_no_way_around";
+    let _deadline = Deadline::new("vlan", LIMIT);
+    let scene = Scene::new("shield-vlandev", json!({}))?;
+    let ends = [
+        (&scene.server, &scene.pair.interface_a, "192.0.2.1/24"),
+        (&scene.client, &scene.pair.interface_b, "192.0.2.2/24"),
+    ];
+    for (netns, interface, address) in ends {
+        if let Err(error) =
+            netns.ip(&["link", "add", "link", interface, "name", "vlan7", "type", "vlan", "id", "7"])
+        {
+            skip(NAME, &format!("no VLAN can be made: {error:#}"));
+            return Ok(());
+        }
+        netns.ip(&["addr", "add", address, "dev", "vlan7"])?;
+        netns.ip(&["link", "set", "vlan7", "up"])?;
+    }
+    let to = SocketAddr::from(([192, 0, 2, 1], scene.port()));
+    scene.client.run(|| UdpSocket::bind(("0.0.0.0", 0))?.send_to(b"quic", to))??;
+    wait_until("the datagram", TIMEOUT, || (scene.counter("shield-datagram").ok()? == 1).then_some(()))?;
+    let connect = |limit| scene.client.run(|| TcpStream::connect_timeout(&to, limit));
+    scene.serves(&mut Connection::over(connect(TIMEOUT)??, TIMEOUT)?)?;
+    scene.guarded.enforcement.cli_json(&["shield", "add", "192.0.2.2"])?;
+    ensure!(connect(Duration::from_millis(1_500))?.is_err(), "a listed source connected");
     scene.is_served(2)
 }
 

@@ -24,6 +24,11 @@ const MODULES: &[&str] = &[
     "cls_bpf",
     "sch_netem",
     "tun",
+    "llc",
+    "stp",
+    "garp",
+    "mrp",
+    "8021q",
 ];
 
 /// Where programs lie in the guest: beside each other, as the tests look for them.

@@ -42,6 +42,15 @@ pub(super) const TESTS: &[(&str, &[&str])] = &[
             "only_callers_of_the_server_may_connect",
         ],
     ),
+    (
+        "e2e_limits",
+        &[
+            "over_a_rate_the_kernel_answers_429_and_the_connection_lives_on",
+            "where_the_kernel_cannot_answer_the_daemon_does",
+            "as_many_streams_as_the_limit_has_places",
+        ],
+    ),
+    ("e2e_limits_flood", &["a_workload_is_one_source_whatever_cgroups_it_makes"]),
     ("e2e_crash", &["after_kill_9_known_heads_go_on_and_unknown_ones_get_503"]),
     (
         "e2e_adopt",
@@ -68,6 +77,7 @@ pub(super) const TESTS: &[(&str, &[&str])] = &[
             "life::it_stays_when_the_daemon_dies_and_goes_with_the_enforcement",
             "traffic::mptcp_clients_fall_back_at_once",
             "traffic::datagrams_to_protected_ports_are_dropped_in_generic_mode_too",
+            "traffic::a_vlan_on_the_interface_is_no_way_around",
         ],
     ),
     ("e2e_cli", &["the_views_work_while_no_daemon_runs"]),
