@@ -1,15 +1,12 @@
 //! Limits: what they cost where nobody is over them, how exactly they hold, and whether one source can keep the daemon from another.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::os::fd::AsRawFd as _;
+use std::fs;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrStorage, bind, connect, socket,
-};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -27,8 +24,6 @@ use crate::raw::{Connection, RequestBuilder};
 const RESOURCES: [&str; 2] = ["https://without.example.com", "https://with.example.com"];
 const PATH: &str = "/mcp";
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Whom the good tokens come from. The flood comes from the loopback address that everybody has.
-const GOOD_SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 /// Between two good tokens, so that they stay below the limit themselves.
 const GOOD_PAUSE: Duration = Duration::from_millis(2);
 /// Connections that flood, and how many heads each has: so many that none is known when it comes again.
@@ -98,6 +93,8 @@ pub struct Flood {
 }
 
 struct Scene {
+    /// Where the good tokens come from. The flood's sender is in no cgroup that is guarded. (Goes before the one around it.)
+    good: Cgroup,
     without: Server,
     with: Server,
     enforcement: Enforcement,
@@ -118,10 +115,11 @@ impl Scene {
         let cgroup = Cgroup::new("bench-limits")?;
         let without = Server::start(&cgroup, "the server without limits")?;
         let with = Server::start(&cgroup, "the server with limits")?;
+        let good = cgroup.child("good")?;
         let issuer = Issuer::new("https://es256.example.com", Alg::Es256)?;
         let policy = policy(&issuer, [without.addr, with.addr], &five(), None);
         let enforcement = Enforcement::start_with(cgroup, &policy, &["--drain-timeout", "1", "--no-watch"])?;
-        Ok(Self { without, with, enforcement, issuer })
+        Ok(Self { without, with, enforcement, issuer, good })
     }
 
     fn switch(&self, limits: &Value, unknown: Option<&Value>) -> Result<()> {
@@ -214,7 +212,9 @@ impl Scene {
         let (mut quiet_us, mut flooded_us) = (Vec::new(), Vec::new());
         let (mut sent, mut checked, mut seconds) = (0, 0, 0.0);
         for round in 0..2 {
-            self.good(&self.good_calls(&format!("quiet-{round}"), phase)?, phase, &mut quiet_us)?;
+            let mut connection = self.good_connection()?;
+            let calls = self.good_calls(&format!("quiet-{round}"), phase)?;
+            good(&mut connection, &calls, phase, &mut quiet_us)?;
             let (stop, count) = (AtomicBool::new(false), AtomicU64::new(0));
             let (stop, count) = (&stop, &count);
             thread::scope(|scope| -> Result<()> {
@@ -226,7 +226,7 @@ impl Scene {
                     let calls = self.good_calls(&format!("flood-{round}"), phase)?;
                     thread::sleep(LEAD_IN);
                     let before = (self.checks()?, count.load(Ordering::Relaxed), Instant::now());
-                    self.good(&calls, phase, &mut flooded_us)?;
+                    good(&mut connection, &calls, phase, &mut flooded_us)?;
                     checked += self.checks()? - before.0;
                     sent += count.load(Ordering::Relaxed) - before.1;
                     seconds += before.2.elapsed().as_secs_f64();
@@ -286,26 +286,39 @@ impl Scene {
             .collect()
     }
 
-    /// Sends them from a source of their own, and times them.
-    fn good(&self, calls: &[Vec<u8>], phase: Duration, latency_us: &mut Vec<f64>) -> Result<()> {
-        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-        bind(socket.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(GOOD_SOURCE, 0)))?;
-        connect(socket.as_raw_fd(), &SockaddrStorage::from(self.with.addr))?;
-        let mut connection = Connection::over(socket.into(), TIMEOUT)?;
-        let start = Instant::now();
-        for call in calls {
-            interrupt::check()?;
-            let sent = Instant::now();
-            if sent - start >= phase {
-                break;
-            }
-            let status = connection.roundtrip(call)?.status;
-            ensure!(status == 200, "a good token of another source got {status}");
-            latency_us.push(sent.elapsed().as_secs_f64() * 1e6);
-            thread::sleep(GOOD_PAUSE);
-        }
-        Ok(())
+    /// From a workload of its own: who calls `connect` counts, and this process is there while it does.
+    fn good_connection(&self) -> Result<Connection> {
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("in no cgroup")?;
+        let back = Cgroup::mount_point()?.join(own).join("cgroup.procs");
+        let pid = std::process::id();
+        self.good.take(pid)?;
+        let connection = Connection::open(self.with.addr, TIMEOUT);
+        fs::write(&back, pid.to_string()).with_context(|| format!("cannot go back to {}", back.display()))?;
+        connection
     }
+}
+
+/// Sends requests one by one, and times them.
+fn good(
+    connection: &mut Connection,
+    calls: &[Vec<u8>],
+    phase: Duration,
+    latency_us: &mut Vec<f64>,
+) -> Result<()> {
+    let start = Instant::now();
+    for call in calls {
+        interrupt::check()?;
+        let sent = Instant::now();
+        if sent - start >= phase {
+            break;
+        }
+        let status = connection.roundtrip(call)?.status;
+        ensure!(status == 200, "a good token of another source got {status}");
+        latency_us.push(sent.elapsed().as_secs_f64() * 1e6);
+        thread::sleep(GOOD_PAUSE);
+    }
+    Ok(())
 }
 
 fn policy(issuer: &Issuer, addrs: [SocketAddr; 2], limits: &Value, unknown: Option<&Value>) -> PolicySpec {
