@@ -7,14 +7,14 @@ use aya_ebpf::maps::{
     Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SockHash, SockMap,
 };
 use enforcer_common::abi::{
-    Barred, Bucket, BucketLabel, Config, Connecting, DaemonState, Endpoint, EndpointKey, FirstUser, Flow,
-    Grant, GrantLabel, HeadDigest, JoinKey, Joining, MAX_BARRED, MAX_BUCKETS, MAX_CALLERS, MAX_CONNECTING,
-    MAX_COUNTERS, MAX_ENDPOINTS, MAX_FIRST_USERS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS, MAX_NAMED,
-    MAX_REASONS, MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SHIELD_ADDRESSES, MAX_SHIELD_FAILING,
-    MAX_SHIELD_INTERFACES, MAX_SHIELD_PREFIXES, MAX_SHIELD_SOURCES, MAX_SOCKETS, MAX_SOURCES, MAX_VERDICTS,
-    NameHash, PUNTS_BYTES, REVOCATION_WORDS, ReasonName, Reply, Revocation, Sealed, ServerLabel,
-    ShieldConfig, ShieldFailing, ShieldInterface, ShieldKey, ShieldPrefix, ShieldSource, Source, SourceKey,
-    Verdict,
+    Bar, Barred, Bucket, BucketLabel, Config, Connecting, DaemonState, Endpoint, EndpointKey, FirstUser,
+    Flow, Grant, GrantLabel, HeadDigest, JoinKey, Joining, MAX_BARRED, MAX_BUCKETS, MAX_CALLERS,
+    MAX_CONNECTING, MAX_COUNTERS, MAX_ENDPOINTS, MAX_FIRST_USERS, MAX_FLOWS, MAX_GRANTS, MAX_INJECTORS,
+    MAX_NAMED, MAX_REASONS, MAX_REPLIES, MAX_REVOCATIONS, MAX_SERVERS, MAX_SHIELD_ADDRESSES,
+    MAX_SHIELD_FAILING, MAX_SHIELD_INTERFACES, MAX_SHIELD_PREFIXES, MAX_SHIELD_SOURCES, MAX_SOCKETS,
+    MAX_SOURCES, MAX_VERDICTS, NameHash, PUNTS_BYTES, REVOCATION_WORDS, ReasonName, Reply, Revocation,
+    Sealed, ServerLabel, ShieldConfig, ShieldFailing, ShieldInterface, ShieldKey, ShieldPrefix, ShieldSource,
+    Source, SourceKey, Verdict,
 };
 use enforcer_common::digest::DigestKey;
 use enforcer_common::head::HeadBuf;
@@ -106,7 +106,7 @@ pub(crate) static CALLERS: LruHashMap<JoinKey, Sealed<Joining>> =
 pub(crate) static FIRST_USERS: HashMap<NameHash, FirstUser> = HashMap::with_max_entries(MAX_FIRST_USERS, 0);
 
 #[map]
-pub(crate) static BARRED: HashMap<Barred, u64> = HashMap::with_max_entries(MAX_BARRED, 0);
+pub(crate) static BARRED: HashMap<Barred, Bar> = HashMap::with_max_entries(MAX_BARRED, 0);
 
 #[map]
 pub(crate) static LIMITS: Array<Bucket> = Array::with_max_entries(MAX_BUCKETS, BPF_F_MMAPABLE);

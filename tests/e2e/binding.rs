@@ -7,9 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use enforcer_tests::caller::{Place, translate};
-use enforcer_tests::enforcement::{Guarded, GuardedBuilder};
-use enforcer_tests::guard::{Cgroup, Deadline, NetNs, veth_pair};
+use enforcer_tests::caller::{NOBODY, Place, translate};
+use enforcer_tests::enforcement::{Guarded, GuardedBuilder, skip};
+use enforcer_tests::guard::{Cgroup, Deadline, NetNs, veth_pair, wait_until};
 use enforcer_tests::raw::Connection;
 use serde_json::json;
 
@@ -185,6 +185,50 @@ fn an_unknown_caller_satisfies_no_binding() -> Result<()> {
     Ok(())
 }
 
+/// It connects as the workload that its token belongs to, and then nobody can say any more whose its cgroup was.
+#[test]
+fn a_caller_whose_cgroup_is_gone_satisfies_no_binding() -> Result<()> {
+    let _deadline = Deadline::new("binding: gone", LIMIT);
+    let guarded = bound("bindinggone.slice").start()?;
+    let place = tempfile::tempdir()?;
+    let go = place.path().join("go");
+    let wait = ["--wait-for", go.to_str().context("path")?];
+    let own = guarded.enforcement.cgroup().child("agent.service")?;
+    let elsewhere = guarded.enforcement.cgroup().child("elsewhere.service")?;
+    let mut agent = Place::root(&own).start(guarded.addr(), &wait, &request_of(&guarded, "alice")?)?;
+    agent.wait_for_line("connected ", TIMEOUT)?;
+    elsewhere.take(agent.pid())?;
+    drop(own);
+    fs::write(&go, "")?;
+    assert_eq!(agent.wait_for_line("status ", TIMEOUT)?, "status 401");
+    assert_eq!(guarded.bytes_read()?, 0);
+    Ok(())
+}
+
+/// Whether the programs run at MPTCP's `connect` is the kernel's affair; nobody is taken for another by it.
+#[test]
+fn an_mptcp_caller_is_itself_or_nobody() -> Result<()> {
+    const NAME: &str = "an_mptcp_caller_is_itself_or_nobody";
+    let _deadline = Deadline::new("binding: mptcp", LIMIT);
+    if !fs::read_to_string("/proc/sys/net/mptcp/enabled").is_ok_and(|enabled| enabled.trim() == "1") {
+        skip(NAME, "the kernel does not speak MPTCP");
+        return Ok(());
+    }
+    let guarded = bound("bindingmptcp.slice").start()?;
+    let workloads = Workloads::of(&guarded)?;
+    let ask = |cgroup, subject| -> Result<u16> {
+        let request = request_of(&guarded, subject)?;
+        Place::root(cgroup).call(guarded.addr(), &["--mptcp"], &request)?.status().context("no answer")
+    };
+    assert_eq!(ask(&workloads.thief, "alice")?, 401);
+    let unknown = guarded.enforcement.reason("caller-unknown")?;
+    let expected = if unknown == 0 { 200 } else { 401 };
+    assert_eq!(ask(&workloads.agent, "alice")?, expected);
+    assert_eq!(guarded.enforcement.reason("caller-unknown")?, 2 * unknown);
+    assert_eq!(ask(&workloads.agent, "bob")?, 200);
+    Ok(())
+}
+
 #[test]
 fn an_unbound_token_from_two_workloads_raises_the_alarm() -> Result<()> {
     let _deadline = Deadline::new("binding: alarm", LIMIT);
@@ -300,6 +344,25 @@ fn revoking_a_workloads_tokens_leaves_those_of_others() -> Result<()> {
         !other.is_closed(std::time::Duration::from_millis(200)),
         "another workload's connection is closed"
     );
+    Ok(())
+}
+
+/// A user is known when it calls `connect`, so it is let or not let there, also from a cgroup that is new.
+#[test]
+fn only_users_among_the_callers_may_connect() -> Result<()> {
+    let _deadline = Deadline::new("binding: users", LIMIT);
+    let guarded = Guarded::builder("bindinguser.slice")
+        .policy("workloads", json!([{"name": "nobody", "uid": NOBODY}]))
+        .server("callers", json!(["nobody"]))
+        .start()?;
+    let cgroup = guarded.enforcement.cgroup().child("agent.service")?;
+    let (root, nobody) = (Place::root(&cgroup), Place { uid: NOBODY, ..Place::root(&cgroup) });
+    let request = request_of(&guarded, "bob")?;
+    let refused = || root.refused(guarded.addr()).ok().flatten();
+    let error = wait_until("root is not let connect", TIMEOUT, refused)?;
+    ensure!(error.contains("EPERM"), "{error}");
+    assert_eq!(nobody.call(guarded.addr(), &[], &request)?.statuses(), [200]);
+    assert_eq!(nobody.refused(guarded.addr())?, None);
     Ok(())
 }
 

@@ -1,8 +1,11 @@
 //! Limits that change, or whose daemon does: what was charged stays charged.
 
 mod common;
+#[allow(dead_code, reason = "each test program uses its part")]
+#[path = "bypass/maps.rs"]
+mod maps;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use enforcer_tests::enforcement::Guarded;
 use enforcer_tests::guard::{Deadline, wait_until};
 use enforcer_tests::raw::Connection;
@@ -154,5 +157,30 @@ fn observe_mode_counts_and_refuses_nothing() -> Result<()> {
     assert_eq!(counters.kernel("limited") + counters.daemon("over-limit"), 0, "{counters:?}");
     let heads = guarded.recorder.connection(connection.local_addr()?)?.context("the connection")?.requests;
     assert_eq!(heads.len(), 30);
+    Ok(())
+}
+
+/// A bucket that does not say whose it is, or is not there, refuses, on both ways of a request.
+#[test]
+fn a_bucket_that_cannot_be_read_refuses() -> Result<()> {
+    const SERIAL: usize = 56;
+    let _deadline = Deadline::new("limits: unreadable", LIMIT);
+    let guarded = Guarded::builder("limunread").nonblocking();
+    let limits = json!([{"name": "all", "per": "server", "rate": "1000/s", "burst": 1000}]);
+    let guarded = guarded.policy("limits", limits).start()?;
+    let token = guarded.token()?;
+    let known = guarded.call(Some(&token)).build();
+    let mut connection = guarded.connect_accepted()?;
+    assert_eq!(statuses(&mut connection, &known, 2)?, [200; 2]);
+    let read = guarded.bytes_read()?;
+    let buckets = maps::PinnedMap::open(&guarded.enforcement.pins().join("LIMITS"))?;
+    buckets.change(&1_u32.to_ne_bytes(), |bucket| bucket[SERIAL..].fill(0))?;
+    for request in [&known, &unknown(&guarded, &token, 1)] {
+        let response = connection.roundtrip(request)?;
+        assert_eq!((response.status, response.header("retry-after")), (429, Some("1")));
+    }
+    assert_eq!(guarded.bytes_read()?, read);
+    let counters = guarded.enforcement.counters()?;
+    ensure!(counters.kernel("bucket-failed") >= 1 && counters.daemon("bucket-failed") >= 1, "{counters:?}");
     Ok(())
 }

@@ -147,7 +147,7 @@ pub struct Joining {
 }
 assert_layout!(Joining, 72, [key: JoinKey, caller: Caller]);
 
-/// A workload that may not connect to an endpoint: key of `BARRED`, a hash whose values are the policy generations for which that holds.
+/// A workload that may not connect to an endpoint: key of `BARRED`, a hash of [`Bar`]s.
 /// Writer and deleter: the daemon. Reader: connect. 16,384 entries; who has no entry connects, and the daemon judges its first request.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -160,6 +160,24 @@ pub struct Barred {
     pub zero: u32,
 }
 assert_layout!(Barred, 16, [cgroup_id: u64, endpoint_id: u32, zero: u32]);
+
+/// Users that a [`Bar`] has room for.
+pub const BAR_UIDS: usize = 6;
+
+/// How far a workload may not connect.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bar {
+    /// Generation of the policy for which it holds.
+    pub generation: u64,
+    /// Users that may nevertheless.
+    pub uids: [u32; BAR_UIDS],
+    /// How many of those there are.
+    pub uids_len: u32,
+    /// Zero.
+    pub zero: u32,
+}
+assert_layout!(Bar, 40, [generation: u64, uids: [u32; BAR_UIDS], uids_len: u32, zero: u32]);
 
 /// Size of `BARRED`.
 pub const MAX_BARRED: u32 = 16_384;

@@ -95,6 +95,8 @@ pub struct Flow {
     pub refusals: u32,
     /// Those that its source was charged for. Writer: gate.
     pub noted_refusals: u32,
+    /// [`super::SourceKey::cgroup_id`] of what its last head without a grant was charged to.
+    pub charged_cgroup_id: u64,
 }
 
 /// What a hand-back tells the judge, which makes it its own when it next runs: [`crate::flow::settle`].
@@ -154,10 +156,11 @@ impl Flow {
         held_serial: 0,
         refusals: 0,
         noted_refusals: 0,
+        charged_cgroup_id: 0,
     };
 }
-assert_layout!(Flow, 504, [
-    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, interface: u32, swallowed_bytes: u32, next_byte_seq: u32, limited: u32, cookie: u64, handed: Handed, caller: Caller, origin: Origin, buckets: [u32; GRANT_BUCKETS], held_serial: u64, refusals: u32, noted_refusals: u32,
+assert_layout!(Flow, 512, [
+    ctl: u64, requests: u64, last_request_ns: u64, write_seq_mark: u32, flags: u32, endpoint_id: u32, unavailable_reply_id: u32, allowed: u64, next_layout: u64, grants: [u64; FLOW_GRANTS], layouts: [[u64; LAYOUT_WORDS]; FLOW_LAYOUTS], remaining_bytes: u64, chunked: u64, netns_cookie: u64, opened_ns: u64, refused: u64, punts: u64, punted_bytes: u64, local: EndpointKey, peer: EndpointKey, evicted_grants: u64, interface: u32, swallowed_bytes: u32, next_byte_seq: u32, limited: u32, cookie: u64, handed: Handed, caller: Caller, origin: Origin, buckets: [u32; GRANT_BUCKETS], held_serial: u64, refusals: u32, noted_refusals: u32, charged_cgroup_id: u64,
 ]);
 
 /// Size of `FLOWS`.

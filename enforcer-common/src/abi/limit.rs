@@ -56,7 +56,7 @@ pub const MAX_BUCKETS: u32 = 32_768;
 pub const UNLIMITED: u64 = u64::MAX;
 
 /// Where requests come from that have no grant: the workload's cgroup (of one that [`MAX_NAMED`] names: the one around it), or, where the caller is not known, its address (IPv6: the network of
-/// 64 bits, which one host has for itself). Key of `SOURCES`.
+/// 64 bits, which one host has for itself; all of 127.0.0.0/8 is one, as every process here can have each). Key of `SOURCES`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SourceKey {
@@ -67,6 +67,9 @@ pub struct SourceKey {
 }
 assert_layout!(SourceKey, 24, [cgroup_id: u64, addr: [u64; 2]]);
 
+/// 127.0.0.0, mapped.
+const LOOPBACK_V4: u64 = 0xffff_7f00_0000;
+
 impl SourceKey {
     /// The source of a flow.
     #[must_use]
@@ -76,7 +79,10 @@ impl SourceKey {
             return Self { cgroup_id: origin.words[0], addr: [0; 2] };
         }
         // In an IPv4-mapped address the first word is zero, and the second is the address.
-        let host = if origin.words[2] == 0 { origin.words[3] } else { 0 };
+        let mut host = if origin.words[2] == 0 { origin.words[3] } else { 0 };
+        if u64::from_be(host) >> 24 == LOOPBACK_V4 >> 24 {
+            host = LOOPBACK_V4.to_be();
+        }
         Self { cgroup_id: 0, addr: [origin.words[2], host] }
     }
 }
@@ -103,8 +109,9 @@ pub const MAX_SOURCES: u32 = 65_536;
 /// Who may make cgroups below its own is one source by that. Writer: the daemon. Readers: judge and the daemon. One that is not there, or was
 /// evicted, is a source of its own until the daemon meets its next request.
 pub const MAX_NAMED: u32 = 16_384;
-/// Value in `NAMED` of all cgroups that were gone when the daemon looked: nobody knows whose they were.
-pub const NAMED_GONE: u64 = u64::MAX;
+/// [`SourceKey::cgroup_id`] of all cgroups that the daemon can't find: nobody knows whose they are. The kernel charges each by itself, the daemon
+/// this one as well.
+pub const LOST_CGROUPS: u64 = u64::MAX;
 
 /// A request is charged to the buckets of its grant.
 pub const CHARGE_GRANT: u32 = 0;
@@ -149,5 +156,15 @@ mod tests {
         assert_eq!(source(&v6(1, 1), &Caller::UNKNOWN), source(&v6(1, 2), &Caller::UNKNOWN));
         assert_ne!(source(&v6(1, 1), &Caller::UNKNOWN), source(&v6(2, 1), &Caller::UNKNOWN));
         assert_ne!(source(&v4(1), &Caller::UNKNOWN), source(&v4(1), &known));
+        let loopback = |a, d| {
+            let mut key = v4(d);
+            key.addr[0] = a;
+            source(&key, &Caller::UNKNOWN)
+        };
+        assert_eq!(loopback(127, 1), loopback(127, 200));
+        assert_eq!(loopback(127, 1).addr, [0, 0xffff_7f00_0000_u64.to_be()]);
+        for other in [126, 128] {
+            assert_ne!(loopback(other, 1), loopback(other, 200));
+        }
     }
 }

@@ -154,6 +154,8 @@ extern "C" fn charge_source(flow: *mut Flow, what: u32, now_ns: u64) -> u32 {
     if let Some(named) = unsafe { NAMED.get(&key.cgroup_id) } {
         key.cgroup_id = *named;
     }
+    // SAFETY: a valid map value.
+    unsafe { (&raw mut (*flow).charged_cgroup_id).write_volatile(key.cgroup_id) };
     let mut source = SOURCES.get_ptr_mut(&key);
     if source.is_none() {
         let fresh: &Source = &FRESH;

@@ -17,7 +17,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use enforcer_common::abi::{
-    Barred, Caller, Connecting, Counter, EndpointKey, FAMILY_V4, MODE_OBSERVE, PUNT_BARRED, Sealed,
+    BAR_UIDS, Barred, Caller, Connecting, Counter, EndpointKey, FAMILY_V4, MODE_OBSERVE, PUNT_BARRED, Sealed,
     destination, is_loopback,
 };
 use enforcer_common::head::zero_words;
@@ -60,7 +60,7 @@ fn connect<const V6: bool>(ctx: &SockAddrContext) -> i32 {
     };
     let comm = bpf_get_current_comm().unwrap_or_default();
     let caller = Caller { cgroup_id, netns_cookie, connected_ns: now_ns(), pid, uid, comm };
-    let endpoint_id = barred_from::<V6>(ctx, cgroup_id);
+    let endpoint_id = barred_from::<V6>(ctx, cgroup_id, uid);
     if endpoint_id != NOT_BARRED {
         count(Counter::ConnectRefused);
         tell(cookie, endpoint_id as u32, &caller);
@@ -82,15 +82,15 @@ const NOT_BARRED: u64 = u64::MAX;
 /// Number of the endpoint that these processes may not connect to, if the socket is about to. (As an `Option` it would come back half
 /// undefined, which the verifier refuses.)
 #[inline(never)]
-fn barred_from<const V6: bool>(ctx: &SockAddrContext, cgroup_id: u64) -> u64 {
-    match barred::<V6>(ctx, cgroup_id) {
+fn barred_from<const V6: bool>(ctx: &SockAddrContext, cgroup_id: u64, uid: u32) -> u64 {
+    match barred::<V6>(ctx, cgroup_id, uid) {
         Some(endpoint_id) => u64::from(endpoint_id),
         None => NOT_BARRED,
     }
 }
 
 #[inline(always)]
-fn barred<const V6: bool>(ctx: &SockAddrContext, cgroup_id: u64) -> Option<u32> {
+fn barred<const V6: bool>(ctx: &SockAddrContext, cgroup_id: u64, uid: u32) -> Option<u32> {
     let config = config()?;
     if config.mode == MODE_OBSERVE || config.draining != 0 {
         return None;
@@ -103,11 +103,19 @@ fn barred<const V6: bool>(ctx: &SockAddrContext, cgroup_id: u64) -> Option<u32> 
         None => (unsafe { ENDPOINTS.get(target.wildcard()) }?.endpoint_id, false),
     };
     let key = Barred { cgroup_id, endpoint_id, zero: 0 };
-    // SAFETY: one word.
-    let generation = unsafe { BARRED.get(key) }?;
+    // SAFETY: a valid map value. One that is replaced at this moment may be another's, or half another's: one process too many, or too few, is
+    // told by its first request.
+    let bar = unsafe { BARRED.get(key) }?;
+    let mut k = 0;
+    while k < BAR_UIDS {
+        if k < bar.uids_len as usize && bar.uids[k] == uid {
+            return None;
+        }
+        k += 1;
+    }
     // A wildcard is every address of this host, and of no other; a loopback address is one of each network namespace.
     let exact = exact && !is_loopback(&target);
-    if *generation == config.generation && (exact || listens_here(ctx, &target)) {
+    if bar.generation == config.generation && (exact || listens_here(ctx, &target)) {
         Some(endpoint_id)
     } else {
         None

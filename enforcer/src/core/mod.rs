@@ -44,7 +44,7 @@ use std::sync::Arc;
 
 use enforcer_common::abi::{
     Bucket, BucketLabel, Ends, FirstUser, Flow, Grant, GrantLabel, HeadDigest, NameHash, Origin, Reply,
-    Verdict,
+    SourceKey, Verdict,
 };
 use enforcer_common::flow::Ctl;
 
@@ -65,8 +65,10 @@ pub struct CallerFacts {
     pub address: IpAddr,
     /// That is an address of this host.
     pub is_of_this_host: bool,
-    /// The kernel did not know until now which source its workload is: what it has charged was another.
-    pub is_new_source: bool,
+    /// What its requests are charged to while nobody has granted them anything.
+    pub source: SourceKey,
+    /// The kernel has charged another for its last one: it did not know which workload's part its cgroup is.
+    pub charged_elsewhere: bool,
 }
 
 impl CallerFacts {
@@ -77,7 +79,8 @@ impl CallerFacts {
         workload: None,
         address: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         is_of_this_host: false,
-        is_new_source: false,
+        source: SourceKey { cgroup_id: 0, addr: [0; 2] },
+        charged_elsewhere: false,
     };
 
     /// As policy asks for it.
@@ -250,7 +253,7 @@ pub trait Datapath {
     ///
     /// # Errors
     /// It is over the limit, for so many nanoseconds.
-    fn charge_source(&mut self, origin: &Origin, now_ns: u64) -> Result<(), u64>;
+    fn charge_source(&mut self, source: &SourceKey, now_ns: u64) -> Result<(), u64>;
 
     /// Writes a response template.
     ///

@@ -1,10 +1,10 @@
 //! Looks now and then for the workloads that may not connect, and tells the kernel.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use enforcer_common::abi::Barred;
+use enforcer_common::abi::{Bar, Barred};
 use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::warn;
@@ -23,15 +23,15 @@ const MAX_CGROUPS: usize = 8_192;
 pub(super) enum Event {
     /// It is time to look.
     Due,
-    /// Who may not connect, and under which generation of the policy.
-    Found(BTreeSet<Barred>, u64),
+    /// Who may not connect.
+    Found(BTreeMap<Barred, Bar>),
 }
 
 /// The search, which runs beside the daemon's other work.
 pub(super) struct Bars {
     cgroup: PathBuf,
     due: Interval,
-    running: Option<(JoinHandle<BTreeSet<Barred>>, u64)>,
+    running: Option<JoinHandle<BTreeMap<Barred, Bar>>>,
 }
 
 impl Bars {
@@ -41,7 +41,7 @@ impl Bars {
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
         due.reset();
         if some_closed(engine.endpoints()) {
-            kernel.bar(&find(cgroup, engine.endpoints()), engine.generation());
+            kernel.bar(find(cgroup, engine.endpoints(), engine.generation()));
         }
         Self { cgroup: cgroup.to_owned(), due, running: None }
     }
@@ -53,11 +53,11 @@ impl Bars {
                 self.due.tick().await;
                 Event::Due
             }
-            Some((task, generation)) => {
-                let (found, generation) = (task.await, *generation);
+            Some(task) => {
+                let found = task.await;
                 self.running = None;
                 match found {
-                    Ok(found) => Event::Found(found, generation),
+                    Ok(found) => Event::Found(found),
                     Err(error) => {
                         warn!(%error, "who may not connect is not known; they are judged by their requests");
                         Event::Due
@@ -76,21 +76,22 @@ impl Bars {
         match event {
             Event::Due if some_closed(engine.endpoints()) => {
                 let (cgroup, endpoints) = (self.cgroup.clone(), engine.endpoints().clone());
-                let task = tokio::task::spawn_blocking(move || find(&cgroup, &endpoints));
-                self.running = Some((task, engine.generation()));
+                let generation = engine.generation();
+                self.running =
+                    Some(tokio::task::spawn_blocking(move || find(&cgroup, &endpoints, generation)));
             }
-            Event::Due => kernel.bar(&BTreeSet::new(), engine.generation()),
-            Event::Found(found, generation) => kernel.bar(&found, generation),
+            Event::Due => kernel.bar(BTreeMap::new()),
+            Event::Found(found) => kernel.bar(found),
         }
     }
 }
 
-fn find(cgroup: &Path, endpoints: &Endpoints) -> BTreeSet<Barred> {
-    let Ok(root) = paths::cgroup2_root() else { return BTreeSet::new() };
+fn find(cgroup: &Path, endpoints: &Endpoints, generation: u64) -> BTreeMap<Barred, Bar> {
+    let Ok(root) = paths::cgroup2_root() else { return BTreeMap::new() };
     let workload = |(id, path): (u64, PathBuf)| {
         let below = path.strip_prefix(&root).ok()?.display().to_string();
         Some(Workload::of(id, Some(format!("/{below}"))))
     };
     let workloads: Vec<_> = cgroups(cgroup).take(MAX_CGROUPS).filter_map(workload).collect();
-    barred(endpoints, &workloads)
+    barred(endpoints, generation, &workloads)
 }

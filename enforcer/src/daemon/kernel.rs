@@ -1,21 +1,23 @@
 //! The core's [`Datapath`] on the real kernel.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use aya::maps::MapError;
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{
-    Barred, Bucket, BucketLabel, Caller, DaemonState, Ends, FLOW_PIPELINED, FirstUser, Flow, Grant,
-    GrantLabel, HeadDigest, InjectHeader, MAX_FLOWS, NameHash, Origin, REVOCATION_EPOCH,
-    REVOCATION_GRANT_SLOTS, Reply, Verdict,
+    Bar, Barred, Bucket, BucketLabel, Caller, DaemonState, Ends, FLOW_PIPELINED, FirstUser, Flow, Grant,
+    GrantLabel, HeadDigest, InjectHeader, LOST_CGROUPS, MAX_FLOWS, NameHash, Origin, REVOCATION_EPOCH,
+    REVOCATION_GRANT_SLOTS, Reply, SourceKey, Verdict,
 };
 use enforcer_common::flow::Ctl;
 use tracing::{debug, error, warn};
 
 use crate::cli::format;
 use crate::core::{CallerFacts, Datapath, Doomed, DoomedQueue, GrantBuckets, HandBack, Shape};
-use crate::datapath::{Injectors, LiveError, Maps, NamespaceSearch, Searched, SocketDestroyer};
+use crate::datapath::{
+    Injectors, LiveError, Maps, NamespaceSearch, Searched, SocketDestroyer, UNREADABLE_NS,
+};
 use crate::http::answer::Answer;
 use crate::lifecycle::paths;
 use crate::revocation::Revocations;
@@ -58,8 +60,8 @@ pub(super) struct Kernel {
     links: Vec<PinnedLink>,
     doomed: DoomedQueue,
     unsettled: Option<Unsettled>,
-    /// Who may not connect, as the kernel has it, and under which generation.
-    barred: (BTreeSet<Barred>, u64),
+    /// Who may not connect, as the kernel has it.
+    barred: BTreeMap<Barred, Bar>,
     /// None: there is no hierarchy to look in.
     workloads: Option<Workloads>,
     own: OwnAddresses,
@@ -76,7 +78,7 @@ impl Kernel {
     pub(super) fn new(maps: Maps, injectors: Injectors) -> std::io::Result<Self> {
         let mut destroyer = SocketDestroyer::default();
         destroyer.add_here()?;
-        let barred = (maps.all_barred(), 0);
+        let barred = maps.all_barred();
         Ok(Self {
             maps,
             injectors,
@@ -103,30 +105,43 @@ impl Kernel {
         // In another network namespace this host has other addresses, of which the server's own is one.
         let is_to_itself = flow.is_some_and(|flow| flow.peer.addr == flow.local.addr);
         let caller = Caller { cgroup_id: origin.cgroup_id(), uid: origin.uid(), pid, ..Caller::UNKNOWN };
+        let workload = self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller));
+        let mut source = SourceKey::of(origin);
+        if let Some(workload) = &workload {
+            source.cgroup_id = workload.source_cgroup_id();
+        }
         CallerFacts {
             uid: origin.uid(),
             is_known: caller.is_known(),
-            workload: self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller)),
+            workload,
             address,
             is_of_this_host: is_to_itself || self.own.contains(address),
-            is_new_source: false,
+            source,
+            charged_elsewhere: false,
         }
     }
 
-    /// Says who may not connect under this generation of the policy. Who can't be written is judged by its requests.
-    pub(super) fn bar(&mut self, barred: &BTreeSet<Barred>, generation: u64) {
-        let (old, old_generation) = std::mem::take(&mut self.barred);
-        for gone in old.difference(barred) {
+    fn count_unreadable(&mut self, charged: Result<(), u64>) -> Result<(), u64> {
+        if charged == Err(UNREADABLE_NS) {
+            self.count("bucket-failed");
+        }
+        charged
+    }
+
+    /// Says who may not connect. Who can't be written is judged by its requests.
+    pub(super) fn bar(&mut self, barred: BTreeMap<Barred, Bar>) {
+        let old = std::mem::take(&mut self.barred);
+        for gone in old.keys().filter(|key| !barred.contains_key(key)) {
             self.maps.unbar(gone);
         }
-        let known = |key: &&Barred| old_generation == generation && old.contains(key);
-        let written = |key: &&Barred| known(key) || self.maps.bar(key, generation).is_ok();
-        let written: BTreeSet<_> = barred.iter().filter(written).copied().collect();
-        let failed = barred.len() - written.len();
+        let all = barred.len();
+        let written =
+            |(key, bar): &(Barred, Bar)| old.get(key) == Some(bar) || self.maps.bar(key, bar).is_ok();
+        self.barred = barred.into_iter().filter(written).collect();
+        let failed = all - self.barred.len();
         if failed != 0 {
             warn!(failed, "workloads that may not connect are let connect; their requests are refused");
         }
-        self.barred = (written, generation);
     }
 
     /// Keeps the links for as long as the daemon lives.
@@ -356,14 +371,15 @@ impl Datapath for Kernel {
         // The record may be gone, or another flow's by now: whoever it is of, it is not this caller that it speaks for.
         let flow = self.maps.live.flows.get(&cookie, 0).ok();
         let facts = self.facts(origin, flow.as_ref());
-        let Some(source) = facts.workload.as_ref().map(|workload| workload.source_cgroup_id()) else {
-            return facts;
-        };
-        let is_new_source = self.maps.name_source(origin.cgroup_id(), source).unwrap_or_else(|error| {
-            error!(%error, "a workload's cgroups could not be made one source; this one is charged by itself");
-            false
-        });
-        CallerFacts { is_new_source, ..facts }
+        let charged_elsewhere = flow.is_none_or(|flow| flow.charged_cgroup_id != facts.source.cgroup_id);
+        if charged_elsewhere
+            && facts.source.cgroup_id != LOST_CGROUPS
+            && self.maps.name_source(origin.cgroup_id(), facts.source.cgroup_id).is_err()
+        {
+            // The daemon goes on charging what the kernel does not.
+            self.count("source-not-named");
+        }
+        CallerFacts { charged_elsewhere, ..facts }
     }
 
     fn set_verdict(&mut self, digest: HeadDigest, verdict: Verdict) -> Result<(), KernelError> {
@@ -417,11 +433,13 @@ impl Datapath for Kernel {
             return Ok(());
         }
         let held = self.maps.live.flows.get(&cookie, 0).map(|flow| flow.buckets).unwrap_or_default();
-        self.maps.buckets.charge(buckets, &held, now_ns)
+        let charged = self.maps.buckets.charge(buckets, &held, now_ns);
+        self.count_unreadable(charged)
     }
 
-    fn charge_source(&mut self, origin: &Origin, now_ns: u64) -> Result<(), u64> {
-        self.maps.charge_source(origin, now_ns)
+    fn charge_source(&mut self, source: &SourceKey, now_ns: u64) -> Result<(), u64> {
+        let charged = self.maps.charge_source(source, now_ns);
+        self.count_unreadable(charged)
     }
 
     fn set_reply(&mut self, id: u32, reply: &Reply) -> Result<(), KernelError> {

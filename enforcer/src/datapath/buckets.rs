@@ -34,8 +34,8 @@ const _: () = assert!(
         && std::mem::offset_of!(Bucket, serial) == SERIAL * 8
 );
 const BYTES: usize = MAX_BUCKETS as usize * size_of::<Bucket>();
-/// What a bucket says that is not there.
-const NEVER_NS: u64 = u64::MAX;
+/// The wait, in nanoseconds, for a bucket that can't be read or is not there: the shortest, as the kernel has it.
+pub const UNREADABLE_NS: u64 = 1;
 
 /// The buckets.
 pub struct Buckets {
@@ -176,13 +176,13 @@ impl Buckets {
     fn charge_one(&self, index: u32, held: bool, now_ns: u64) -> Result<(), u64> {
         let bucket = self.get(index);
         if bucket.serial == 0 {
-            return Err(NEVER_NS);
+            return Err(UNREADABLE_NS);
         }
         // The place itself is taken by the kernel, when the request goes to the server.
         if !held && too_many_open(bucket.open.wrapping_add(1), bucket.max_open) {
             return Err(PLACE_WAIT_NS);
         }
-        let word = self.word(index, TAT).ok_or(NEVER_NS)?;
+        let word = self.word(index, TAT).ok_or(UNREADABLE_NS)?;
         let mut wait_ns = 0;
         word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |tat_ns| {
             admit(tat_ns, now_ns, bucket.interval_ns, bucket.burst_ns).map_err(|ns| wait_ns = ns).ok()

@@ -1,14 +1,14 @@
 //! The pinned maps, opened by name.
 
 use std::borrow::{Borrow, BorrowMut};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use enforcer_common::abi::{
-    ABI_VERSION, Barred, Bucket, BucketLabel, Config, Counter, DaemonState, Endpoint, EndpointKey, FirstUser,
-    Flow, Grant, GrantLabel, HeadDigest, MAX_BARRED, MAX_FIRST_USERS, MAX_FLOWS, NameHash, ReasonName, Reply,
-    Revocation, Sealed, ServerLabel, Source, SourceKey, Verdict, map, text,
+    ABI_VERSION, Bar, Barred, Bucket, BucketLabel, Config, Counter, DaemonState, Endpoint, EndpointKey,
+    FirstUser, Flow, Grant, GrantLabel, HeadDigest, MAX_BARRED, MAX_FIRST_USERS, MAX_FLOWS, NameHash,
+    ReasonName, Reply, Revocation, Sealed, ServerLabel, Source, SourceKey, Verdict, map, text,
 };
 use enforcer_common::digest::DigestKey;
 
@@ -201,7 +201,7 @@ pub struct Maps {
     replies: Array<MapData, Reply>,
     injectors: SockMap<MapData>,
     sink: SockMap<MapData>,
-    barred: HashMap<MapData, Barred, u64>,
+    barred: HashMap<MapData, Barred, Bar>,
     /// Buckets of limits.
     pub buckets: Buckets,
 }
@@ -300,19 +300,19 @@ impl Maps {
         }
     }
 
-    /// Lets a workload connect to an endpoint no more, under a generation of the policy.
+    /// Lets a workload connect to an endpoint no more, but for its users that may.
     ///
     /// # Errors
     /// See [`LiveError`].
-    pub fn bar(&mut self, key: &Barred, generation: u64) -> Result<(), LiveError> {
+    pub fn bar(&mut self, key: &Barred, bar: &Bar) -> Result<(), LiveError> {
         let failed = |source| LiveError::Map { name: map::BARRED, source };
-        self.barred.insert(key, generation, 0).map_err(failed)
+        self.barred.insert(key, bar, 0).map_err(failed)
     }
 
     /// All that an earlier daemon barred.
     #[must_use]
-    pub fn all_barred(&self) -> BTreeSet<Barred> {
-        self.barred.keys().take(2 * MAX_BARRED as usize).filter_map(Result::ok).collect()
+    pub fn all_barred(&self) -> BTreeMap<Barred, Bar> {
+        self.barred.iter().take(2 * MAX_BARRED as usize).filter_map(Result::ok).collect()
     }
 
     /// Takes that back; what is not there is fine.

@@ -16,7 +16,7 @@ mod sockdiag;
 mod sources;
 mod sys;
 
-pub use buckets::Buckets;
+pub use buckets::{Buckets, UNREADABLE_NS};
 pub use inject::{InjectError, Injectors};
 pub use living::{Living, attached_cgroup, object_hash};
 pub use load::{LoadError, Loaded, load, replace};

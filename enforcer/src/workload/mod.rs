@@ -22,7 +22,7 @@ pub use unmatched::unmatched_here;
 
 use std::collections::BTreeMap;
 
-use enforcer_common::abi::{Caller, NAMED_GONE, text_str};
+use enforcer_common::abi::{Caller, LOST_CGROUPS, text_str};
 use serde::Serialize;
 
 /// Of longer paths the rest is left out.
@@ -58,7 +58,7 @@ impl Workload {
     pub(crate) fn source_cgroup_id(&self) -> u64 {
         match self.cgroup_path {
             Some(_) => self.named_cgroup_id.unwrap_or(self.cgroup_id),
-            None => NAMED_GONE,
+            None => LOST_CGROUPS,
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use enforcer_common::abi::Caller;
+use enforcer_common::abi::{Caller, LOST_CGROUPS};
 
 use super::labels::{self, Labels};
 use super::{Identity, Workload};
@@ -98,8 +98,9 @@ impl Workloads {
     }
 
     fn read(&mut self, cgroup_id: u64, path: Option<String>) -> Workload {
+        // Of one that is going away around it nobody knows whose part it was.
         let named = path.as_deref().and_then(Identity::named);
-        let named_cgroup_id = named.and_then(|path| self.id_of(path).ok());
+        let named_cgroup_id = named.map(|path| self.id_of(path).unwrap_or(LOST_CGROUPS));
         let workload = Workload { named_cgroup_id, ..Workload::of(cgroup_id, path) };
         let Some(container) = &workload.identity.container_id else { return workload };
         if self.labels.len() >= MAX_KNOWN {
@@ -191,7 +192,7 @@ fn path_of(pid: u32) -> std::io::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use enforcer_common::abi::NAMED_GONE;
+    use enforcer_common::abi::LOST_CGROUPS;
 
     use super::*;
 
@@ -227,7 +228,7 @@ mod tests {
         for id in [u64::MAX, u64::MAX, u64::MAX - 1] {
             let gone = workloads.of_caller(&caller(id, std::process::id())).unwrap();
             assert_eq!((gone.name(), gone.source()), (format!("cgroup {id}"), "gone"));
-            assert_eq!(gone.source_cgroup_id(), NAMED_GONE);
+            assert_eq!(gone.source_cgroup_id(), LOST_CGROUPS);
         }
         // The first was looked for, the second came too soon after that to be sure.
         assert_eq!(workloads.known.len(), 1);

@@ -3,7 +3,7 @@
 
 use std::io::{ErrorKind, Read as _};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -36,6 +36,12 @@ struct Arguments {
     /// Send the request so many times, one after the other, on the one connection
     #[arg(long, default_value_t = 1)]
     times: u32,
+    /// Connected, wait until this file exists
+    #[arg(long)]
+    wait_for: Option<PathBuf>,
+    /// Speak MPTCP
+    #[arg(long)]
+    mptcp: bool,
     /// Initial sequence number (needs root)
     #[arg(long)]
     initial_seq: Option<u32>,
@@ -46,7 +52,11 @@ fn main() -> Result<()> {
     let mut request = Vec::new();
     std::io::stdin().read_to_end(&mut request)?;
     let family = if arguments.to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = if arguments.mptcp {
+        mptcp_socket(family)?
+    } else {
+        socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?
+    };
     if let Some(from) = arguments.from {
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(from)).context("bind")?;
@@ -67,6 +77,11 @@ fn main() -> Result<()> {
     let mut rest = stream.try_clone()?;
     let mut connection = Connection::over(stream, TIMEOUT)?;
     println!("connected {}", connection.local_addr()?);
+    if let Some(file) = &arguments.wait_for {
+        while !file.exists() {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
     if !request.is_empty() {
         for _ in 0..arguments.times {
             connection.send(request.get(sent..).unwrap_or_default())?;
@@ -98,6 +113,17 @@ fn tell(connection: &mut Connection) {
         Ok(response) => println!("status {}", response.status),
         Err(error) => println!("closed {error:#}"),
     }
+}
+
+fn mptcp_socket(family: AddressFamily) -> Result<OwnedFd> {
+    // SAFETY: a system call with numbers.
+    let fd =
+        unsafe { libc::socket(family as i32, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error()).context("an MPTCP socket");
+    }
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A socket that is repaired keeps the number that it was given (tcp(7), `TCP_REPAIR`).

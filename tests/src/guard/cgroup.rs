@@ -96,6 +96,15 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Moves a process here.
+    ///
+    /// # Errors
+    /// When there is no such process, or it may not be moved.
+    pub fn take(&self, pid: u32) -> Result<()> {
+        let file = self.path.join("cgroup.procs");
+        fs::write(&file, pid.to_string()).with_context(|| format!("cannot move {pid} to {}", file.display()))
+    }
+
     /// Ids of the processes in it (not in its children).
     ///
     /// # Errors

@@ -35,7 +35,8 @@ impl Deadline {
 }
 
 /// How many times as long everything may take here: `ENFORCER_TEST_PATIENCE`, for machines that are emulated.
-fn patience() -> u32 {
+#[must_use]
+pub fn patience() -> u32 {
     std::env::var("ENFORCER_TEST_PATIENCE").ok().and_then(|times| times.parse().ok()).unwrap_or(1)
 }
 

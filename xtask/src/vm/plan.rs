@@ -40,6 +40,7 @@ pub(super) const TESTS: &[(&str, &[&str])] = &[
         &[
             "a_bound_token_is_refused_from_another_workload_over_ipv4",
             "only_callers_of_the_server_may_connect",
+            "an_mptcp_caller_is_itself_or_nobody",
         ],
     ),
     (

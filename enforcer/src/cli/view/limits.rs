@@ -5,7 +5,9 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use clap::Args;
-use enforcer_common::abi::{Bucket, BucketLabel, Config, NAMED_GONE, Source, SourceKey, UNLIMITED, text_str};
+use enforcer_common::abi::{
+    Bucket, BucketLabel, Config, LOST_CGROUPS, Source, SourceKey, UNLIMITED, text_str,
+};
 use enforcer_common::limit::fill;
 use serde::Serialize;
 
@@ -121,10 +123,11 @@ impl SourceRow {
         let address = IpAddr::from(Ipv6Addr::from(octets)).to_canonical();
         Self {
             source: match workloads.get(&key.cgroup_id) {
-                _ if key.cgroup_id == NAMED_GONE => "cgroups that are gone".to_owned(),
+                _ if key.cgroup_id == LOST_CGROUPS => "cgroups that can't be found".to_owned(),
                 Some(workload) => workload.name(),
                 None if known => format!("cgroup {}", key.cgroup_id),
                 None if address.is_ipv6() => format!("{address}/64"),
+                None if address.is_loopback() => format!("{address}/8"),
                 None => address.to_string(),
             },
             cgroup_id: known.then_some(key.cgroup_id),
@@ -285,7 +288,7 @@ mod tests {
         let sources = BTreeMap::from([
             (cgroup(7), of(5)),
             (cgroup(8), of(4)),
-            (cgroup(NAMED_GONE), of(3)),
+            (cgroup(LOST_CGROUPS), of(3)),
             (address("192.0.2.7"), of(6)),
             (address("2001:db8::"), of(1)),
             (address("192.0.2.8"), of(0)),
@@ -297,12 +300,12 @@ mod tests {
         assert_eq!(
             shown.text(),
             "LIMIT  PER  VALUE  FILL  RATE  OPEN  ADMITTED  REFUSED\n\n\
-             SOURCE                 LIMITED  UNKNOWN FILL  REFUSED FILL\n\
-             192.0.2.7              6        10            -\n\
-             agent.service          5        10            -\n\
-             cgroup 8               4        10            -\n\
-             cgroups that are gone  3        10            -\n\
-             2001:db8::/64          1        10            -\n"
+             SOURCE                       LIMITED  UNKNOWN FILL  REFUSED FILL\n\
+             192.0.2.7                    6        10            -\n\
+             agent.service                5        10            -\n\
+             cgroup 8                     4        10            -\n\
+             cgroups that can't be found  3        10            -\n\
+             2001:db8::/64                1        10            -\n"
         );
         let json = serde_json::to_value(&shown).unwrap();
         assert_eq!(json["sources"][0]["address"], "192.0.2.7");

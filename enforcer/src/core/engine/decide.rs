@@ -146,7 +146,11 @@ impl Engine {
         let (head_bytes, rest) = bytes.split_at(end);
         let (endpoint_id, origin) = (flow.endpoint_id, flow.origin);
         let caller = datapath.caller(cookie, &origin);
-        let limited = flow.over_limit(caller.is_new_source, now, datapath);
+        let limited = match key_lookup {
+            KeyLookup::MayRefresh => flow.over_limit(&caller, now, datapath),
+            // It was charged before its key was asked for.
+            KeyLookup::Final => None,
+        };
         let endpoint = self.endpoints.0.get(&endpoint_id).ok_or(EngineError::EndpointRemoved)?;
         let served = endpoint.servers.clone();
         let servers: Vec<&Server> = served.iter().map(|(_, server)| server.as_ref()).collect();

@@ -63,51 +63,63 @@ pub(super) struct Asked<'a> {
     pub(super) cacheable: bool,
 }
 
-/// A principal's tokens stay with the workload that presented the first.
-fn keep_to_first_user<D: Datapath>(
-    token: &VerifiedToken,
-    server: &str,
-    caller: &CallerFacts,
-    now: Now,
-    datapath: &mut D,
-) -> Result<(), NoGrant> {
-    let principal = token.principal();
-    let client_id = principal.client_id.as_deref().unwrap_or_default();
-    // Names and subjects hold no control characters.
-    let key = name_hash(&format!("{server}\0{}\0{}\0{client_id}", principal.issuer, principal.subject));
-    // A name that others can have just as well is nobody's.
-    if !caller.view().has_name() {
-        return Err(NoGrant::Unnamed);
-    }
-    let workload = caller.view().workload_name();
-    let workload_hash = name_hash(&workload);
-    match datapath.first_user(&key) {
-        Ok(Some(first)) if first.workload_hash == workload_hash => Ok(()),
-        Ok(Some(first)) => {
-            let (first, principal) = (text_str(&first.workload), text_str(&first.principal));
-            warn!(workload, first, principal, server, "refused: another workload presented the first token");
-            Err(NoGrant::OtherFirstUser)
-        }
-        Ok(None) => {
-            let user = FirstUser {
-                at_unix_secs: now.unix_secs,
-                workload_hash,
-                workload: text(&workload),
-                principal: text(&format!("{}/{}", token.issuer.name, token.subject)),
-                server: text(server),
-            };
-            datapath.set_first_user(&key, &user).map_err(|_| NoGrant::FirstUsersFull)
-        }
-        Err(_) => Err(NoGrant::FirstUsersFull),
-    }
-}
-
 /// Seconds of a step of `Retry-After`.
 pub(super) fn retry_after_secs(step: u32) -> u32 {
     enforcer_common::limit::RETRY_AFTER_SECS.get(step as usize).copied().unwrap_or(3600)
 }
 
 impl Engine {
+    /// A principal's tokens stay with the workload that presented the first.
+    fn keep_to_first_user<D: Datapath>(
+        &mut self,
+        cookie: u64,
+        asked: &Asked<'_>,
+        now: Now,
+        datapath: &mut D,
+    ) -> Result<(), NoGrant> {
+        let &Asked { token, fingerprint, server: Server { name: server, .. }, caller, .. } = asked;
+        let principal = token.principal();
+        let client_id = principal.client_id.as_deref().unwrap_or_default();
+        // Names and subjects hold no control characters.
+        let key = name_hash(&format!("{server}\0{}\0{}\0{client_id}", principal.issuer, principal.subject));
+        // A name that others can have just as well is nobody's.
+        if !caller.view().has_name() {
+            return Err(NoGrant::Unnamed);
+        }
+        let workload = caller.view().workload_name();
+        let workload_hash = name_hash(&workload);
+        match datapath.first_user(&key) {
+            Ok(Some(first)) if first.workload_hash == workload_hash => Ok(()),
+            Ok(Some(first)) => {
+                if self.alarms.admit() {
+                    let (first, principal) = (text_str(&first.workload), text_str(&first.principal));
+                    let peer = datapath.peer(cookie);
+                    warn!(
+                        workload,
+                        first,
+                        principal,
+                        %fingerprint,
+                        server,
+                        peer,
+                        "refused: another workload presented the first token"
+                    );
+                }
+                Err(NoGrant::OtherFirstUser)
+            }
+            Ok(None) => {
+                let user = FirstUser {
+                    at_unix_secs: now.unix_secs,
+                    workload_hash,
+                    workload: text(&workload),
+                    principal: text(&format!("{}/{}", token.issuer.name, token.subject)),
+                    server: text(server),
+                };
+                datapath.set_first_user(&key, &user).map_err(|_| NoGrant::FirstUsersFull)
+            }
+            Err(_) => Err(NoGrant::FirstUsersFull),
+        }
+    }
+
     /// Writes grant and verdict, and charges the request; the grant's serial. Without a grant the request must not pass: nothing could end
     /// what it opens.
     pub(super) fn allow<D: Datapath>(
@@ -120,7 +132,7 @@ impl Engine {
         let &Asked { token, fingerprint, server_id, server, caller, .. } = asked;
         let origin = self.flows.get(&cookie).ok_or(NoGrant::Full)?.origin;
         if asked.first_use {
-            keep_to_first_user(token, &server.name, caller, now, datapath)?;
+            self.keep_to_first_user(cookie, asked, now, datapath)?;
         }
         if self.grants.has_too_many_callers(fingerprint, &origin.caller()) {
             return Err(NoGrant::TooManyCallers);

@@ -5,7 +5,7 @@ use enforcer_common::chunked::Chunked;
 use enforcer_common::flow::{Ctl, State};
 use enforcer_common::limit::retry_step;
 
-use crate::core::{Datapath, HandBack, Now};
+use crate::core::{CallerFacts, Datapath, HandBack, Now};
 use crate::http::head::Framing;
 
 use super::EngineError;
@@ -168,18 +168,21 @@ impl Punted {
     /// the kernel has not charged, or has charged to another source than the workload's.
     pub(super) fn over_limit<D: Datapath>(
         &mut self,
-        is_new_source: bool,
+        caller: &CallerFacts,
         now: Now,
         datapath: &mut D,
     ) -> Option<u32> {
         let limited = self.limited.take();
         let charged = std::mem::replace(&mut self.charged, true);
-        if limited.is_some() || (charged && !is_new_source) {
+        if limited.is_some() || (charged && !caller.charged_elsewhere) {
             return limited;
         }
-        let wait_ns = datapath.charge_source(&self.origin, now.boot_ns).err()?;
+        let wait_ns = datapath.charge_source(&caller.source, now.boot_ns).err()?;
         if self.observed {
-            datapath.count("would-limit");
+            // The kernel has counted what it charged itself.
+            if !charged {
+                datapath.count("would-limit");
+            }
             return None;
         }
         Some(retry_step(wait_ns))

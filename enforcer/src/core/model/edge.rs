@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use enforcer_common::abi::{
     Bucket, BucketLabel, Ends, FLOW_PIPELINED, FirstUser, Flow, Grant, GrantLabel, Handed, HeadDigest,
-    NameHash, Origin, Reply, Verdict,
+    NameHash, Origin, Reply, SourceKey, Verdict,
 };
 use enforcer_common::flow::{self, Ctl, CtlWord as _};
 
@@ -210,7 +210,7 @@ impl Datapath for Edge<'_> {
         if buckets[0] == 0 { Ok(()) } else { Err(u64::MAX) }
     }
 
-    fn charge_source(&mut self, _origin: &Origin, _now_ns: u64) -> Result<(), u64> {
+    fn charge_source(&mut self, _source: &SourceKey, _now_ns: u64) -> Result<(), u64> {
         Ok(())
     }
 

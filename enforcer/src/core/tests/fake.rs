@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use enforcer_common::abi::{
     Bucket, BucketLabel, Ends, FirstUser, Flow, Grant, GrantLabel, HeadDigest, NameHash, Origin, Reply,
-    Verdict,
+    SourceKey, Verdict,
 };
 use enforcer_common::flow::Ctl;
 
@@ -219,7 +219,7 @@ impl Datapath for Fake {
         Ok(())
     }
 
-    fn charge_source(&mut self, _origin: &Origin, _now_ns: u64) -> Result<(), u64> {
+    fn charge_source(&mut self, _source: &SourceKey, _now_ns: u64) -> Result<(), u64> {
         self.source_charges += 1;
         self.source_wait_ns.map_or(Ok(()), Err)
     }
