@@ -146,18 +146,30 @@ fn a_daemon_without_memory_lets_nothing_unverified_through() -> Result<()> {
         .bearer(&token)
         .body(&body)
         .build();
-    // All at once, until one allocation fails.
-    thread::scope(|scope| {
-        for _ in 0..100 {
-            scope.spawn(|| -> Result<()> {
-                let mut client = Connection::open(guarded.addr(), Duration::from_secs(3))?;
-                client.send(&request)?;
-                drop(client.read_response());
-                Ok(())
-            });
+    // All at once, until one allocation fails: stopped, the daemon can't be done with one before the next comes. It looks for such a key
+    // once a second.
+    let addr = guarded.addr();
+    let daemon = guarded.enforcement.daemon()?;
+    for _ in 0..10 {
+        daemon.signal(Signal::SIGSTOP)?;
+        thread::scope(|scope| {
+            for _ in 0..100 {
+                scope.spawn(|| -> Result<()> {
+                    let mut client = Connection::open(addr, Duration::from_secs(3))?;
+                    client.send(&request)?;
+                    drop(client.read_response());
+                    Ok(())
+                });
+            }
+            thread::sleep(Duration::from_millis(500));
+            daemon.signal(Signal::SIGCONT)
+        })?;
+        if daemon.try_wait()?.is_some() {
+            break;
         }
-    });
-    let ended = guarded.enforcement.daemon()?.wait(TIMEOUT).context("it had memory enough")?;
+        thread::sleep(Duration::from_millis(1_100));
+    }
+    let ended = daemon.wait(TIMEOUT).context("it had memory enough")?;
     ensure!(!ended.success(), "it ended well");
     ensure!(guarded.enforcement.log()?.contains("memory allocation"), "{}", guarded.enforcement.log()?);
     for number in 0..3 {
