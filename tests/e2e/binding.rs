@@ -192,11 +192,9 @@ fn a_caller_whose_cgroup_is_gone_satisfies_no_binding() -> Result<()> {
     let guarded = bound("bindinggone.slice").start()?;
     let place = tempfile::tempdir()?;
     let go = place.path().join("go");
-    let wait = ["--wait-for", go.to_str().context("path")?];
     let own = guarded.enforcement.cgroup().child("agent.service")?;
     let elsewhere = guarded.enforcement.cgroup().child("elsewhere.service")?;
-    let mut agent = Place::root(&own).start(guarded.addr(), &wait, &request_of(&guarded, "alice")?)?;
-    agent.wait_for_line("connected ", TIMEOUT)?;
+    let mut agent = Place::root(&own).connect(guarded.addr(), &go, &request_of(&guarded, "alice")?)?;
     elsewhere.take(agent.pid())?;
     drop(own);
     fs::write(&go, "")?;

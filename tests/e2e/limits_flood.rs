@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use enforcer_tests::caller::Place;
 use enforcer_tests::enforcement::Guarded;
 use enforcer_tests::guard::{Cgroup, Deadline, Proc, wait_until};
@@ -136,14 +136,11 @@ fn heads_of_new_cgroups_that_are_on_their_way_are_charged_to_the_workload() -> R
     let addr = guarded.addr();
     let place = tempfile::tempdir()?;
     let go = place.path().join("go");
-    let wait = ["--wait-for", go.to_str().context("path")?];
     let mut callers = Vec::new();
     for (cgroup, request) in
         cgroups.iter().flat_map(|cgroup| requests.iter().map(move |request| (cgroup, request)))
     {
-        let mut caller = Place::root(cgroup).start(addr, &wait, request)?;
-        caller.wait_for_line("connected ", TIMEOUT)?;
-        callers.push(caller);
+        callers.push(Place::root(cgroup).connect(addr, &go, request)?);
     }
     let punts = guarded.enforcement.counters()?.punts();
     // Stopped, the daemon meets none before all are there.
@@ -168,14 +165,12 @@ fn callers_whose_cgroups_are_gone_are_one_source() -> Result<()> {
     let guarded = guarded.policy("unknown_requests", json!({"rate": FEW, "burst": 3})).start()?;
     let place = tempfile::tempdir()?;
     let go = place.path().join("go");
-    let wait = ["--wait-for", go.to_str().context("path")?];
     let elsewhere = guarded.enforcement.cgroup().child("elsewhere")?;
     let mut callers = Vec::new();
     for number in 0..5 {
         let own = guarded.enforcement.cgroup().child(&format!("own-{number}"))?;
         let request = unknown(&guarded, &guarded.token()?, number);
-        let mut caller = Place::root(&own).start(guarded.addr(), &wait, &request)?;
-        caller.wait_for_line("connected ", TIMEOUT)?;
+        let caller = Place::root(&own).connect(guarded.addr(), &go, &request)?;
         elsewhere.take(caller.pid())?;
         callers.push(caller);
     }

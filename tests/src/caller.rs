@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -56,6 +57,16 @@ impl<'a> Place<'a> {
             command.uid(self.uid);
         }
         Proc::spawn_with_input("enforcer-caller", command, request)
+    }
+
+    /// Starts a client and waits until it is connected. It sends its request when there is a file at `go`.
+    ///
+    /// # Errors
+    /// When it can't connect in time.
+    pub fn connect(&self, to: SocketAddr, go: &Path, request: &[u8]) -> Result<Proc> {
+        let mut process = self.start(to, &["--wait-for", go.to_str().context("path")?], request)?;
+        process.wait_for_line("connected ", TIMEOUT)?;
+        Ok(process)
     }
 
     /// Starts a client and waits until its requests are answered.

@@ -1,13 +1,14 @@
 //! The core's [`Datapath`] on the real kernel.
 
+mod callers;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use aya::maps::MapError;
 use aya::programs::links::PinnedLink;
 use enforcer_common::abi::{
-    Bar, Barred, Bucket, BucketLabel, Caller, DaemonState, Ends, FLOW_PIPELINED, FirstUser, Flow, Grant,
-    GrantLabel, HeadDigest, InjectHeader, LOST_CGROUPS, MAX_FLOWS, NameHash, Origin, REVOCATION_EPOCH,
+    Bar, Barred, Bucket, BucketLabel, DaemonState, Ends, FLOW_PIPELINED, FirstUser, Flow, Grant, GrantLabel,
+    HeadDigest, InjectHeader, LOST_CGROUPS, MAX_FLOWS, NameHash, Origin, REVOCATION_EPOCH,
     REVOCATION_GRANT_SLOTS, Reply, SourceKey, Verdict,
 };
 use enforcer_common::flow::Ctl;
@@ -98,50 +99,11 @@ impl Kernel {
         &mut self.maps
     }
 
-    /// Who that is, on this connection if it is known. Its process may be in the workload, which saves a walk.
-    fn facts(&mut self, origin: &Origin, flow: Option<&Flow>) -> CallerFacts {
-        let pid = flow.map_or(0, |flow| flow.caller.pid);
-        let address = IpAddr::from(origin.address()).to_canonical();
-        // In another network namespace this host has other addresses, of which the server's own is one.
-        let is_to_itself = flow.is_some_and(|flow| flow.peer.addr == flow.local.addr);
-        let caller = Caller { cgroup_id: origin.cgroup_id(), uid: origin.uid(), pid, ..Caller::UNKNOWN };
-        let workload = self.workloads.as_mut().and_then(|workloads| workloads.of_caller(&caller));
-        let mut source = SourceKey::of(origin);
-        if let Some(workload) = &workload {
-            source.cgroup_id = workload.source_cgroup_id();
-        }
-        CallerFacts {
-            uid: origin.uid(),
-            is_known: caller.is_known(),
-            workload,
-            address,
-            is_of_this_host: is_to_itself || self.own.contains(address),
-            source,
-            charged_elsewhere: false,
-        }
-    }
-
     fn count_unreadable(&mut self, charged: Result<(), u64>) -> Result<(), u64> {
         if charged == Err(UNREADABLE_NS) {
             self.count("bucket-failed");
         }
         charged
-    }
-
-    /// Says who may not connect. Who can't be written is judged by its requests.
-    pub(super) fn bar(&mut self, barred: BTreeMap<Barred, Bar>) {
-        let old = std::mem::take(&mut self.barred);
-        for gone in old.keys().filter(|key| !barred.contains_key(key)) {
-            self.maps.unbar(gone);
-        }
-        let all = barred.len();
-        let written =
-            |(key, bar): &(Barred, Bar)| old.get(key) == Some(bar) || self.maps.bar(key, bar).is_ok();
-        self.barred = barred.into_iter().filter(written).collect();
-        let failed = all - self.barred.len();
-        if failed != 0 {
-            warn!(failed, "workloads that may not connect are let connect; their requests are refused");
-        }
     }
 
     /// Keeps the links for as long as the daemon lives.
